@@ -1,0 +1,27 @@
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+test: .venv/installed
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests --ignore=tests/test_aot.py
+	$(RUN) -m pytest tests/test_aot.py
+
+demo: .venv/installed
+	$(RUN) examples/demo.py $(if $(MESH),--mesh "$(MESH)")
+
+bench: .venv/installed
+	$(RUN) -m pytest benchmarks/test_speed.py
+
+lint: .venv/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy ssa reference_model benchmarks examples
+
+.venv/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c "import sys; assert (3, 10) <= sys.version_info < (3, 14), f'Python 3.10-3.13 needed, got {sys.version}'"
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[bench,reference,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv
+
+.PHONY: test demo bench lint clean

@@ -1,0 +1,411 @@
+"""Coordinates → `VoxelPartition`: the only sort of the voxels and the only host synchronisation.
+
+Packed order is lexicographic in (sample, selection block, compression block, voxel), each as (x, y, z) with x slowest:
+
+    row      0 1 2 3 4 5 6 7 8      offsets
+    sample   0 0 0 0 0 0 1 1 1      cu_seqlens          0 6 9
+    select.  0 0 0 0 1 1 2 2 2      selection.offsets   0 4 6 9       selection.cu_blocks   0 2 3
+    compr.   0 0 1 1 2 2 3 4 4      compression.offsets 0 2 4 6 7 9   compression.cu_blocks 0 3 5   parents 0 0 1 2 2
+
+so every grouping but a shifted or odd-sized window is "offsets into one order" (arXiv 2505.17412, section 4.1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_SIGN = -(2**63)  # keys are unsigned 64-bit numbers held in int64: flipping the sign bit makes signed order equal unsigned order
+_INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """One grouping of the packed rows into n cubic cells of edge `size` voxels.
+
+    offsets [n+1] int32: where each cell begins in this grouping's order; cu_blocks [B+1] int32: first cell of each sample;
+    coords [n,4] int32: (sample, floor((xyz + shift) / size)); index [T] int32: packed rows in this grouping's order, or None
+    where they are contiguous already.
+    """
+
+    size: int
+    offsets: Tensor
+    cu_blocks: Tensor
+    coords: Tensor
+    index: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.offsets.shape[0] - 1
+
+
+@dataclass(frozen=True, eq=False)
+class VoxelPartition:
+    """The spatial order of a batch of voxels, built once by `partition_voxels` and passed to every layer.
+
+    coords [T,4] int32 in packed order; order [T] int64: packed row i is input row order[i]; inverse_order [T] int64;
+    cu_seqlens [B+1] int32; parents [C] int32: compression block → selection block, non-decreasing;
+    child_offsets [S+1] int32: first compression block of each selection block.
+    """
+
+    coords: Tensor
+    order: Tensor
+    inverse_order: Tensor
+    cu_seqlens: Tensor
+    parents: Tensor
+    child_offsets: Tensor
+    compression: Blocks
+    selection: Blocks
+    window: Blocks
+    window_shift: int = 0
+    _cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.coords.device
+
+    @property
+    def num_tokens(self) -> int:
+        return self.coords.shape[0]
+
+    @property
+    def batch_size(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def neighbors(self) -> Tensor:
+        """[T,27] int32: packed row of the voxel at + (dx, dy, dz), column (dx+1) + 3(dy+1) + 9(dz+1); −1 = none. Built on first use."""
+        if "neighbors" not in self._cache:
+            self._cache["neighbors"] = neighbor_table(self.coords, self.compression.size, self.selection.size)
+        return self._cache["neighbors"]
+
+    @property
+    def block_neighbors(self) -> Tensor:
+        """[C,27] int32: as `neighbors`, between compression blocks."""
+        if "block_neighbors" not in self._cache:
+            ratio = self.selection.size // self.compression.size
+            self._cache["block_neighbors"] = neighbor_table(self.compression.coords, 1, ratio)
+        return self._cache["block_neighbors"]
+
+    @property
+    def fill_order(self) -> Tensor:
+        """[S] int32: selection blocks of each sample by falling number of compression blocks, so that a tile of them wastes no work."""
+        if "fill_order" not in self._cache:
+            most = (self.selection.size // self.compression.size) ** 3
+            count = torch.diff(self.child_offsets.long())
+            key = self.selection.coords[:, 0].long() * (most + 1) + most - count
+            self._cache["fill_order"] = torch.argsort(key, stable=True).int()
+        return self._cache["fill_order"]
+
+    def sort(self, x: Tensor) -> Tensor:
+        """Rows [T, …] as given to `partition_voxels` → rows in packed order. Its gradient is `unsort`: gathers only."""
+        self._check_rows(x)
+        return _Permute.apply(x, self.order, self.inverse_order)
+
+    def unsort(self, x: Tensor) -> Tensor:
+        """Rows [T, …] in packed order → rows as given to `partition_voxels`."""
+        self._check_rows(x)
+        return _Permute.apply(x, self.inverse_order, self.order)
+
+    def with_window(self, window_size: int, window_shift: int = 0) -> VoxelPartition:
+        """The same order with other windows; shares everything else. One host synchronisation for windows that are not contiguous."""
+        _check_window(window_size, window_shift)
+        if (window_size, window_shift) == (self.window.size, self.window_shift):
+            return self
+        window = _contiguous_window(window_size, window_shift, self.compression, self.selection)
+        if window is None:
+            key = _window_key(self.coords.long(), window_size, window_shift)
+            key, index = torch.sort(key, stable=True)
+            ids = _ids(key)
+            count = int(ids[-1]) + 1 if self.num_tokens else 0
+            window = _blocks(self.coords, ids, count, self.batch_size, window_size, window_shift, index.int())
+        return dataclasses.replace(self, window=window, window_shift=window_shift)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> VoxelPartition:
+        """The same partition on `device`, what was built on first use included."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> VoxelPartition:
+        """The same partition in page-locked memory, for `.to(device, non_blocking=True)`."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, f) -> VoxelPartition:
+        def move(value):
+            if isinstance(value, Tensor):
+                return f(value)
+            if isinstance(value, Blocks):
+                return Blocks(**{k.name: move(getattr(value, k.name)) for k in dataclasses.fields(value)})
+            return {k: f(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+        return VoxelPartition(**{k.name: move(getattr(self, k.name)) for k in dataclasses.fields(self)})
+
+    def _check_rows(self, x: Tensor) -> None:
+        if x.shape[:1] != (self.num_tokens,):
+            raise ValueError(f"x must have one row per voxel: {x.shape=} but the partition has {self.num_tokens} voxels")
+        if x.device != self.device:
+            raise ValueError(f"x and the partition must be on one device: {x.device=}, {self.device=}")
+
+
+def partition_voxels(
+    coords: Tensor,
+    *,
+    compression_block_size: int = 4,
+    selection_block_size: int = 8,
+    window_size: int = 8,
+    window_shift: int = 0,
+    batch_size: int | None = None,
+) -> VoxelPartition:
+    """Sort voxels by (sample, selection block, compression block) and say where each group begins.
+
+    Args:
+        coords: [T,4] integers (sample, x, y, z) in any order; x, y, z may be negative; no voxel twice. Stays on its device.
+        compression_block_size, selection_block_size: cube edges in voxels; the first divides the second (equality allowed).
+        window_size, window_shift: a voxel's window is floor((xyz + shift) / size), 0 <= shift < size.
+        batch_size: B; default: largest sample index + 1. Indices that do not occur are empty samples.
+
+    Raises:
+        TypeError, ValueError: the rule broken and the value got. Values are checked with the one host synchronisation.
+
+    Source: arXiv 2505.17412, section 4.1; blocks are floor(coords / size) per sample.
+    """
+    _check_arguments(coords, compression_block_size, selection_block_size, batch_size)
+    _check_window(window_size, window_shift)
+    m_cmp, m_slc = compression_block_size, selection_block_size
+    device, num_tokens = coords.device, coords.shape[0]
+    if num_tokens == 0:
+        return _empty(device, m_cmp, m_slc, window_size, window_shift, batch_size or 0)
+
+    c = coords.long()
+    grid = _Grid.of(c, m_cmp, m_slc)
+    key, order = torch.sort(grid.key(c) ^ _SIGN)
+    inverse_order = torch.empty_like(order).scatter_(0, order, torch.arange(num_tokens, device=device))
+    packed = c[order]
+    ids_cmp, ids_slc = _ids(_cell(packed, m_cmp)), _ids(_cell(packed, m_slc))
+    contiguous = window_shift == 0 and window_size in (m_cmp, m_slc)
+    if contiguous:
+        ids_win, index = ids_slc, None
+    else:
+        key_win, index = torch.sort(_window_key(packed, window_size, window_shift), stable=True)
+        ids_win, index = _ids(key_win), index.int()
+
+    twice = key[1:] == key[:-1]
+    lo, hi = c.amin(0), c.amax(0)
+    facts = torch.cat([lo, hi, torch.stack([ids_cmp[-1], ids_slc[-1], ids_win[-1], twice.sum()])]).tolist()  # the one synchronisation
+    num_samples = _check_values(facts[:4], facts[4:8], m_slc, batch_size)
+    if facts[11]:
+        row = int(twice.nonzero()[0])
+        raise ValueError(f"voxels must be unique: {facts[11]} of {num_tokens} repeat another, the first is {packed[row].tolist()}")
+    num_cmp, num_slc, num_win = (n + 1 for n in facts[8:11])
+
+    packed = packed.int()
+    compression = _blocks(packed, ids_cmp, num_cmp, num_samples, m_cmp)
+    selection = _blocks(packed, ids_slc, num_slc, num_samples, m_slc)
+    window = _contiguous_window(window_size, window_shift, compression, selection)
+    if window is None:
+        window = _blocks(packed, ids_win, num_win, num_samples, window_size, window_shift, index)
+    parents = ids_slc[compression.offsets[:-1].long()].int()
+    return VoxelPartition(
+        coords=packed,
+        order=order,
+        inverse_order=inverse_order,
+        cu_seqlens=_starts(packed[:, 0].contiguous(), num_samples),
+        parents=parents,
+        child_offsets=_starts(parents, num_slc),
+        compression=compression,
+        selection=selection,
+        window=window,
+        window_shift=window_shift,
+    )
+
+
+def neighbor_table(coords: Tensor, compression_block_size: int, selection_block_size: int) -> Tensor:
+    """The 3×3×3 neighbours of every voxel. coords [n,4] in packed order of these block sizes → [n,27] int32 rows, −1 = none.
+
+    Column (dx+1) + 3(dy+1) + 9(dz+1). No sort and no host synchronisation: the packing key is a sum over the axes, so the key of a
+    neighbour is three table look-ups and a binary search. The table is symmetric (j = i + δ ⟺ i = j − δ): 13 of 27 taps are searched.
+    """
+    n, device = coords.shape[0], coords.device
+    table = torch.full((n + 1, 27), -1, dtype=torch.int32, device=device)  # row n takes what has no neighbour
+    rows = torch.arange(n, device=device)
+    table[:n, 13] = rows.int()
+    if n == 0:
+        return table[:0]
+    c = coords.long()
+    grid = _Grid.of(c, compression_block_size, selection_block_size)
+    keys = grid.key(c) ^ _SIGN
+    step = torch.arange(-1, 2, device=device)
+    u = (c[:, 1:] - grid.origin)[:, :, None] + step  # [n, axis, step]
+    part = grid.parts(u)
+    inside = (u >= 0) & (u < (grid.count * grid.m_slc)[None, :, None])
+    taps = torch.arange(13, device=device)
+    ix, iy, iz = taps % 3, taps // 3 % 3, taps // 9
+    target = grid.sample_part(c)[:, None] + part[:, 0, ix] + part[:, 1, iy] + part[:, 2, iz]
+    target = target ^ _SIGN  # [n, 13]
+    found = torch.searchsorted(keys, target).clamp_(max=n - 1)
+    valid = (keys[found] == target) & inside[:, 0, ix] & inside[:, 1, iy] & inside[:, 2, iz]
+    table[:n, :13] = torch.where(valid, found, -1).int()
+    mirror = torch.where(valid, found, n) * 27 + 26 - taps
+    table.view(-1)[mirror] = rows.int()[:, None].expand(n, 13)
+    return table[:n].contiguous()
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Mixed-radix packing key: a bijection from voxels of the bounding box to 0 … 2^64 − 1, in packed order; a sum over the axes."""
+
+    m_cmp: int
+    m_slc: int
+    origin: Tensor  # [3] int64, a multiple of m_slc
+    count: Tensor  # [3] int64, selection blocks an axis
+
+    @classmethod
+    def of(cls, c: Tensor, m_cmp: int, m_slc: int) -> _Grid:
+        origin = _floor_div(c[:, 1:].amin(0), m_slc) * m_slc
+        return cls(m_cmp, m_slc, origin, (c[:, 1:].amax(0) - origin) // m_slc + 1)
+
+    def parts(self, u: Tensor) -> Tensor:
+        """u [n,3,k] voxel coordinates from the origin → what each axis adds to the key."""
+        _, ny, nz = self.count.unbind()
+        power = torch.arange(2, -1, -1, device=u.device)  # x is the slowest axis
+        block = torch.stack([ny * nz, nz, torch.ones_like(nz)]) * self.m_slc**3
+        child = (self.m_slc // self.m_cmp) ** power * self.m_cmp**3
+        voxel = self.m_cmp**power
+        slc = _floor_div(u, self.m_slc)
+        rest = u - slc * self.m_slc
+        cmp = rest // self.m_cmp
+        rest = rest - cmp * self.m_cmp
+        return slc * block[:, None] + cmp * child[:, None] + rest * voxel[:, None]
+
+    def sample_part(self, c: Tensor) -> Tensor:
+        return c[:, 0] * (self.count.prod() * self.m_slc**3)
+
+    def key(self, c: Tensor) -> Tensor:
+        return self.sample_part(c) + self.parts((c[:, 1:] - self.origin)[:, :, None]).sum(1)[:, 0]
+
+
+class _Permute(torch.autograd.Function):
+    """Rows x[index]; the gradient gathers with the inverse permutation instead of scattering."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        return x[index]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        index, inverse = ctx.saved_tensors
+        return _Permute.apply(grad, inverse, index), None, None
+
+
+def _floor_div(x: Tensor, size: int) -> Tensor:
+    return torch.div(x, size, rounding_mode="floor")
+
+
+def _cell(c: Tensor, size: int) -> Tensor:
+    """[n,4] (sample, cell x, y, z)."""
+    return torch.cat([c[:, :1], _floor_div(c[:, 1:], size)], 1)
+
+
+def _ids(key: Tensor) -> Tensor:
+    """Sorted or grouped keys [n] or [n,4] → group number of each row, int64."""
+    change = key[1:] != key[:-1]
+    if change.ndim == 2:
+        change = change.any(1)
+    return torch.cat([change.new_zeros(min(1, key.shape[0]), dtype=torch.int64), change.cumsum(0)])
+
+
+def _starts(ids: Tensor, n: int) -> Tensor:
+    """Non-decreasing ids [T] → [n+1] int32: first row of each of n groups, absent ones empty."""
+    return torch.searchsorted(ids, torch.arange(n + 1, device=ids.device, dtype=ids.dtype)).int()
+
+
+def _window_key(c: Tensor, size: int, shift: int) -> Tensor:
+    cell = _floor_div(c[:, 1:] + shift, size)
+    cell = cell - (cell.amin(0) if c.shape[0] else 0)
+    _, ny, nz = (cell.amax(0) + 1 if c.shape[0] else cell.new_ones(3)).unbind()
+    nx = cell[:, 0].amax() + 1 if c.shape[0] else 1
+    return (((c[:, 0] * nx + cell[:, 0]) * ny + cell[:, 1]) * nz + cell[:, 2]) ^ _SIGN
+
+
+def _contiguous_window(size: int, shift: int, compression: Blocks, selection: Blocks) -> Blocks | None:
+    if shift == 0:
+        for blocks in (selection, compression):
+            if blocks.size == size:
+                return blocks
+    return None
+
+
+def _blocks(packed: Tensor, ids: Tensor, n: int, num_samples: int, size: int, shift: int = 0, index: Tensor | None = None) -> Blocks:
+    offsets = _starts(ids, n)
+    first = offsets[:-1].long()
+    first = packed[first if index is None else index[first].long()].long()
+    first[:, 1:] += shift
+    coords = _cell(first, size).int()
+    return Blocks(size=size, offsets=offsets, cu_blocks=_starts(coords[:, 0].contiguous(), num_samples), coords=coords, index=index)
+
+
+def _empty(device: torch.device, m_cmp: int, m_slc: int, window_size: int, window_shift: int, num_samples: int) -> VoxelPartition:
+    def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    compression, selection = (Blocks(m, ints(1), ints(num_samples + 1), ints(0, 4)) for m in (m_cmp, m_slc))
+    window = _contiguous_window(window_size, window_shift, compression, selection)
+    if window is None:
+        window = Blocks(window_size, ints(1), ints(num_samples + 1), ints(0, 4), ints(0))
+    order = ints(0, dtype=torch.int64)
+    cu_seqlens, parents, child_offsets = ints(num_samples + 1), ints(0), ints(1)
+    return VoxelPartition(
+        ints(0, 4), order, order.clone(), cu_seqlens, parents, child_offsets, compression, selection, window, window_shift
+    )
+
+
+def _check_arguments(coords: Tensor, m_cmp: int, m_slc: int, batch_size: int | None) -> None:
+    if not isinstance(coords, Tensor):
+        raise TypeError(f"coords must be a torch.Tensor, got {type(coords).__name__}")
+    if coords.dtype not in _INTEGER:
+        raise TypeError(f"coords must be integers, got {coords.dtype=}")
+    if coords.ndim != 2 or coords.shape[1] != 4:
+        raise ValueError(f"coords must be [T, 4] = (sample, x, y, z), got {coords.shape=}")
+    for name, value in (("compression_block_size", m_cmp), ("selection_block_size", m_slc)):
+        _check_int(name, value, 1)
+    if m_slc % m_cmp:
+        raise ValueError(f"compression_block_size must divide selection_block_size, got {m_cmp} and {m_slc}")
+    if batch_size is not None:
+        _check_int("batch_size", batch_size, 0)
+        if coords.shape[0] and batch_size == 0:
+            raise ValueError(f"batch_size must exceed every sample index, got {batch_size=} for {coords.shape[0]} voxels")
+
+
+def _check_window(window_size: int, window_shift: int) -> None:
+    _check_int("window_size", window_size, 1)
+    _check_int("window_shift", window_shift, 0)
+    if window_shift >= window_size:
+        raise ValueError(f"window_shift must be less than window_size, got {window_shift=}, {window_size=}")
+
+
+def _check_int(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_values(lo: list[int], hi: list[int], m_slc: int, batch_size: int | None) -> int:
+    if lo[0] < 0:
+        raise ValueError(f"sample indices must not be negative, got {lo[0]}")
+    if batch_size is not None and hi[0] >= batch_size:
+        raise ValueError(f"sample indices must be less than batch_size={batch_size}, got {hi[0]}")
+    num_samples = hi[0] + 1 if batch_size is None else batch_size
+    cells = hi[0] + 1
+    for axis, a, b in zip("xyz", lo[1:], hi[1:], strict=True):
+        if a < -(2**31) or b >= 2**31:
+            raise ValueError(f"{axis} must fit 32 bits, got {a} … {b}")
+        cells *= (b // m_slc - a // m_slc + 1) * m_slc
+    if cells > 2**64:
+        raise ValueError(
+            "the extent is too wide for a 64-bit key (2^15 samples of 2^16 voxels an axis fit): "
+            f"{hi[0] + 1} samples, x {lo[1]} … {hi[1]}, y {lo[2]} … {hi[2]}, z {lo[3]} … {hi[3]}"
+        )
+    return num_samples

@@ -1,0 +1,182 @@
+"""Sparse truncated signed-distance volumes and their file format (paper: arXiv 2505.17412, section 3.1).
+
+Letters: R resolution, N band voxels, L latents (active cells of 8^3 voxels), h = 2 / R the voxel edge.
+Voxel i of R has its centre at -1 + (2i + 1) / R, so the cells of every resolution nest and flips and quarter turns are exact.
+
+A file is safetensors; its header says `format` = "ssa-volume", `version`, `resolution`, `scale`, `offset`, `y_up` and `meta` (JSON),
+its tensors are
+
+| name    | dtype, shape               | content                                                                          |
+|---------|----------------------------|----------------------------------------------------------------------------------|
+| latents | int16 [L,3]                | active cells, lexicographic, unique, 0 <= xyz < R / 8                            |
+| band    | uint8 [L,64]               | bit per child: a band voxel; child (dx*8+dy)*8+dz, most significant bit first    |
+| values  | int16 [N]                  | round(t * 32767), at most -1 where inside, at least 0 where outside              |
+| sharp   | uint8 [ceil(N/8)]          | bit per band voxel: near a marked edge                                           |
+| inside  | uint8 [ceil((512L-N)/8)]   | bit per child that is no band voxel: inside (band voxels carry it as their sign) |
+
+which is 2 + 134 / (N / L) bytes a voxel: below 4 for every surface at R >= 256.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TAU = 1 / 128
+CELL = 8
+_FORMAT, _VERSION, _LEVELS = "ssa-volume", "1", 32767
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """Band voxels |s| < tau = 1/128 of one shape in the cube [-1,1]^3, grouped by latent cell.
+
+    Rows are lexicographic by (latent x, y, z), then by (x, y, z) inside the latent: the order of
+    `ssa.partition_voxels(coords, compression_block_size=8, selection_block_size=8)`.
+    """
+
+    resolution: int  # R, a multiple of 8
+    coords: Tensor  # [N,3] int32
+    values: Tensor  # [N] float32, t = clamp(s / tau, -1, 1), negative inside
+    sharp: Tensor  # [N] bool, within one voxel of a marked edge
+    latents: Tensor  # [L,3] int32, coords // 8, lexicographic
+    latent_index: Tensor  # [N] int32, row of `latents` of each voxel, non-decreasing
+    inside: Tensor  # [L,512] bool, sign of every child voxel, child index = (dx*8+dy)*8+dz
+    scale: float = 1.0
+    offset: tuple[float, float, float] = (0.0, 0.0, 0.0)  # unit = mesh * scale + offset, mesh in its z-up frame
+    y_up: bool = False  # the source was y-up (GLB): turned on reading, to be turned back on writing
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_resolution(self.resolution)
+        n, cells = len(self.coords), len(self.latents)
+        for name, dtype, shape in (
+            ("coords", torch.int32, (n, 3)), ("values", torch.float32, (n,)), ("sharp", torch.bool, (n,)),
+            ("latents", torch.int32, (cells, 3)), ("latent_index", torch.int32, (n,)), ("inside", torch.bool, (cells, CELL**3)),
+        ):  # fmt: skip
+            x = getattr(self, name)
+            if x.dtype != dtype or tuple(x.shape) != shape:
+                raise ValueError(f"{name} must be {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}")
+
+    @property
+    def child_index(self) -> Tensor:
+        """[N] int64: place of each band voxel among its latent's 512 children."""
+        return child_index(self.coords)
+
+
+def voxel_centers(coords: Tensor, resolution: int) -> Tensor:
+    """Centres -1 + (2i + 1) / R of voxels coords [...,3] (integer) in the cube [-1,1]^3, float32 [...,3]."""
+    return (2.0 * coords + 1.0) / resolution - 1.0
+
+
+def child_index(coords: Tensor) -> Tensor:
+    """[N] int64 place (dx*8+dy)*8+dz of voxels coords [N,3] in their cell of 8^3."""
+    d = coords.long() & (CELL - 1)
+    return (d[:, 0] * CELL + d[:, 1]) * CELL + d[:, 2]
+
+
+def group_voxels(coords: Tensor, resolution: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order of a volume: coords [N,3] integer, unique → (order [N] int64, latents [L,3] int32, latent_index [N] int32).
+
+    `coords[order]` is in the order of `Volume`; latent_index belongs to the ordered rows.
+    """
+    grid = resolution // CELL
+    c = coords.long()
+    cell = c >> 3
+    key = ((cell[:, 0] * grid + cell[:, 1]) * grid + cell[:, 2]) * CELL**3 + child_index(c)
+    key, order = torch.sort(key)
+    cells, index = torch.unique_consecutive(key >> 9, return_inverse=True)
+    latents = torch.stack((cells // (grid * grid), cells // grid % grid, cells % grid), 1).int()
+    return order, latents, index.int()
+
+
+def save_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
+    """Write a volume; the file appears complete or not at all. Schema: the module's docstring."""
+    from safetensors.torch import save_file
+
+    rows, cells = volume.latent_index.cpu().numpy(), len(volume.latents)
+    band = np.zeros((cells, CELL**3), np.bool_)
+    band[rows, volume.child_index.cpu().numpy()] = True
+    inside = volume.inside.cpu().numpy()
+    levels = np.rint(volume.values.cpu().numpy() * _LEVELS).astype(np.int16)
+    if len(levels) and np.any((levels < 0) > inside[band]):
+        raise ValueError("values and inside must agree in sign at every band voxel")
+    levels = np.where(inside[band], np.minimum(levels, -1), levels).astype(np.int16)
+    tensors = {
+        "latents": volume.latents.cpu().to(torch.int16).contiguous(),
+        "band": torch.from_numpy(np.packbits(band, axis=1)),
+        "values": torch.from_numpy(levels),
+        "sharp": torch.from_numpy(np.packbits(volume.sharp.cpu().numpy())),
+        "inside": torch.from_numpy(np.packbits(inside[~band])),
+    }
+    header = {
+        "format": _FORMAT, "version": _VERSION, "resolution": str(volume.resolution), "scale": repr(float(volume.scale)),
+        "offset": json.dumps([float(x) for x in volume.offset]), "y_up": json.dumps(volume.y_up), "meta": json.dumps(dict(volume.meta)),
+    }  # fmt: skip
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save_file(tensors, part, header)
+    os.replace(part, path)
+
+
+def load_volume(path: str | os.PathLike[str]) -> Volume:
+    """Read a volume (CPU tensors); ValueError names what breaks the schema of the module's docstring."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != _FORMAT or header.get("version") != _VERSION:
+                raise ValueError(f"{path}: not a version {_VERSION} volume: {header.get('format')=}, {header.get('version')=}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a volume: {error}") from error
+    try:
+        return _decode(tensors, header)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _decode(tensors: dict[str, Tensor], header: dict[str, str]) -> Volume:
+    resolution = int(header["resolution"])
+    _check_resolution(resolution)
+    cells, n = len(tensors["latents"]), len(tensors["values"])
+    for name, dtype, shape in (
+        ("latents", torch.int16, (cells, 3)), ("band", torch.uint8, (cells, 64)), ("values", torch.int16, (n,)),
+        ("sharp", torch.uint8, (-(-n // 8),)), ("inside", torch.uint8, (-(-(cells * CELL**3 - n) // 8),)),
+    ):  # fmt: skip
+        x = tensors[name]
+        if x.dtype != dtype or tuple(x.shape) != shape:
+            raise ValueError(f"{name} must be {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}")
+    band = np.unpackbits(tensors["band"].numpy(), axis=1).view(np.bool_)
+    places = torch.from_numpy(np.flatnonzero(band))
+    if len(places) != n or not band.any(1).all():
+        raise ValueError(f"band must mark one child a value and one at least in each latent, got {len(places)} children for {n} values")
+    latents = tensors["latents"].int()
+    keys = (latents.long() * torch.tensor([1 << 32, 1 << 16, 1])).sum(1)
+    if cells and (latents.min() < 0 or latents.max() >= resolution // CELL or not (keys[1:] > keys[:-1]).all()):
+        raise ValueError("latents must be unique, lexicographic and in the grid")
+    index = (places >> 9).int()
+    children = torch.cartesian_prod(*(torch.arange(CELL, dtype=torch.int32),) * 3)
+    coords = (latents * CELL)[index]
+    coords += children[places & 511]
+    levels = tensors["values"]
+    inside = np.empty((cells, CELL**3), np.bool_)
+    inside[band] = (levels < 0).numpy()
+    inside[~band] = np.unpackbits(tensors["inside"].numpy(), count=cells * CELL**3 - n).view(np.bool_)
+    return Volume(
+        resolution=resolution, coords=coords, values=levels.float() / _LEVELS, latents=latents, latent_index=index,
+        sharp=torch.from_numpy(np.unpackbits(tensors["sharp"].numpy(), count=n).view(np.bool_)),
+        inside=torch.from_numpy(inside), scale=float(header["scale"]), offset=tuple(json.loads(header["offset"])),
+        y_up=bool(json.loads(header["y_up"])), meta=json.loads(header["meta"]),
+    )  # fmt: skip
+
+
+def _check_resolution(resolution: int) -> None:
+    if resolution < CELL or resolution % CELL or resolution > CELL << 15:
+        raise ValueError(f"resolution must be a positive multiple of {CELL}, got {resolution=}")

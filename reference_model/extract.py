@@ -1,9 +1,10 @@
 """Marching cubes at level 0 straight from sparse signed-distance voxels (no R^3 array; the same torch code on CPU and GPU).
 
-A grid edge whose ends differ in sign carries one vertex; every cell of 2^3 voxels around such an edge draws triangles by the table of `mc_tables`.
-The band |s| < tau holds both ends of every such edge of an exact distance at R >= 256 (an end is no farther from the surface than the edge is long,
-and 2 / R <= tau), so a cell corner outside the band has the sign of its neighbours along grid edges: it takes ±1 with that sign, and nothing else
-is ever guessed. Where neighbours disagree (values that are no distance, a surface that leaves the voxels) the cells are counted and the rim is left open.
+A grid edge whose ends differ in sign carries one vertex; every cell of 2^3 voxels round such an edge draws triangles by the table of
+`mc_tables`. The band |s| < tau holds both ends of every such edge of an exact distance at R >= 256 (an end is no farther from the surface
+than the edge is long, and 2 / R <= tau). So a cell corner outside the band has the sign of its neighbours along grid edges: it takes ±1
+with that sign, and nothing else is ever guessed. Where neighbours disagree (values that are no distance, a surface that leaves the voxels)
+the cells are counted and the rim stays open. Ambiguous cell faces go by the sign of the bilinear interpolant at its saddle.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .mc_tables import CORNERS, EDGE_AXIS, EDGES, triangle_table
+from .mc_tables import CORNERS, EDGE_AXIS, EDGES, FACES, CaseTable, case_table
 from .tiles import CELL, Tiles, lattice
 
 _CHUNK = 2048  # tiles handled at once: a halo of 9^3 floats each is 6 MB
@@ -35,10 +36,11 @@ class ExtractionReport:
 def extract_mesh(coords: Tensor, values: Tensor, resolution: int, inside: Tensor | None = None) -> tuple[Tensor, Tensor, ExtractionReport]:
     """Zero level set of sparse voxels as an indexed triangle mesh in the cube [-1,1]^3.
 
-    coords [N,3] integer, unique, in [0, R), any order; values [N] float, negative inside; inside [L,512] bool (optional, as `Volume.inside`):
-    signs of the children of the cells coords // 8 in lexicographic order, used where a child has no value.
+    coords [N,3] integer, unique, in [0, R), any order; values [N] float, negative inside. inside [L,512] bool (optional, as
+    `Volume.inside`): signs of the children of the cells coords // 8 in lexicographic order, used where a child has no value.
     Returns vertices [V,3] float32, faces [F,3] int64 (counter-clockwise from outside) and a report, on the device of coords.
-    A vertex lies where the values of its edge interpolate to 0, at least 1e-3 of the edge from either end. ValueError for malformed input.
+    A vertex lies where the values of its edge interpolate to 0, at least 1e-3 of the edge from either end (a few cells have one more in
+    their middle). ValueError for malformed input.
     """
     if coords.device != values.device:
         raise ValueError(f"coords and values must share a device, got {coords.device=} {values.device=}")
@@ -59,6 +61,7 @@ class _Surface:
     tiles: Tiles
     vertices: list[Tensor] = field(default_factory=list)
     faces: list[Tensor] = field(default_factory=list)
+    fans: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # cells with a vertex of their own: vertices [n,12], variants [n]
     num_vertices: int = 0
     num_cells: int = 0
     counts: tuple[int, int, int] = (0, 0, 0)
@@ -72,7 +75,8 @@ class _Surface:
         self.corners = torch.tensor(CORNERS, device=device)
         self.ends = torch.tensor(EDGES, device=device)
         self.edge_axis = torch.tensor(EDGE_AXIS, device=device)
-        self.triangles, self.triangle_counts = (x.to(device) for x in triangle_table())
+        self.cycles = torch.tensor(FACES, device=device)
+        self.table = CaseTable(*(x.to(device) for x in case_table()))
         shape = (len(self.tiles.values), 3 * CELL**3)
         self.vertex_of = torch.full(shape, -1, dtype=torch.int32, device=device)  # [L+1, axis * 512 + lower end]
         self.cell_tiles = self.tiles.latents
@@ -105,7 +109,8 @@ class _Surface:
                     x, y, z = (latents[crossed[:, axis][tuple(rim)].flatten(1).any(1)] - step + 1).unbind(1)
                     wanted[x, y, z] = True
             place = crossed.view(-1).nonzero().flatten()
-            self.vertex_of.view(-1)[first * 3 * CELL**3 + place] = torch.arange(len(place), dtype=torch.int32, device=v.device) + self.num_vertices
+            numbers = torch.arange(self.num_vertices, self.num_vertices + len(place), dtype=torch.int32, device=v.device)
+            self.vertex_of.view(-1)[first * 3 * CELL**3 + place] = numbers
             tile, axis_of, local = place // (3 * CELL**3), place // CELL**3 % 3, place % CELL**3
             point = torch.stack((local // 64, local // 8 % 8, local % 8), 1)
             start = (point * torch.tensor([81, 9, 1], device=v.device)).sum(1) + tile * _HALO**3
@@ -142,7 +147,7 @@ class _Surface:
                 cells = latents[tile] * CELL + torch.stack((x, y, z), 1)
                 later.append((cells[incomplete], corners[incomplete], ids[incomplete]))
                 corners, ids = corners[~incomplete], ids[~incomplete]
-            self.add_faces(corners < 0, ids)
+            self.add_faces(corners, ids)
         if later:
             cells, corners, ids = (torch.cat(x) for x in zip(*later, strict=True))
             self.complete(cells, corners, ids)
@@ -155,14 +160,24 @@ class _Surface:
         row = rows.view(-1)[tile[:, None] * 8 + octant[start]]
         return self.vertex_of.view(-1)[row * (3 * CELL**3) + local[start] + self.edge_axis * CELL**3]
 
-    def add_faces(self, inside: Tensor, ids: Tensor) -> None:
-        """Triangles of cells from the signs of their corners [n,8] and the vertices on their edges [n,12]."""
-        case = inside.long() @ (1 << torch.arange(8, device=inside.device))
-        count = self.triangle_counts[case]
-        cell = torch.arange(len(case), device=case.device).repeat_interleave(count)
-        slot = torch.arange(len(cell), device=case.device) - (count.cumsum(0) - count)[cell]
-        edges = self.triangles[case[cell], slot]
-        self.faces.append(ids[cell[:, None], edges])
+    def add_faces(self, corners: Tensor, ids: Tensor) -> None:
+        """Triangles of cells from the values of their corners [n,8] and the vertices on their edges [n,12]."""
+        case = (corners < 0).long() @ (1 << torch.arange(8, device=corners.device))
+        weight = self.table.weight[case]
+        variant = self.table.first[case]
+        rare = weight.any(1).nonzero().flatten()
+        a, b, c, d = corners[rare][:, self.cycles].unbind(2)
+        joined = torch.where(a < 0, a * c > b * d, b * d > a * c)  # the bilinear interpolant is negative at its saddle
+        variant[rare] += (weight[rare] * joined).sum(1)
+        own = self.table.fan[variant].any(1)
+        self.fans.append((ids[own], variant[own]))
+        self.faces.append(self.triangles_of(ids[~own], variant[~own]))
+
+    def triangles_of(self, ids: Tensor, variant: Tensor) -> Tensor:
+        count = self.table.counts[variant]
+        cell = torch.arange(len(variant), device=ids.device).repeat_interleave(count)
+        slot = torch.arange(len(cell), device=ids.device) - (count.cumsum(0) - count)[cell]
+        return ids[cell[:, None], self.table.triangles[variant[cell], slot]]
 
     def complete(self, cells: Tensor, corners: Tensor, ids: Tensor) -> None:
         """Faces of cells [n,3] some of whose corners [n,8] are NaN."""
@@ -180,7 +195,7 @@ class _Surface:
         ids[cell, edge] = (self.num_vertices + inverse).int()
         cell, edge = cell[one], edge[one]
         self.add_vertices(start[one], self.edge_axis[edge], corners[cell, a[edge]], corners[cell, b[edge]])
-        self.add_faces(inside, ids)
+        self.add_faces(corners, ids)
         self.counts = (len(keys), int(extra.any(1).sum()), int((uses < 4).sum()))
 
     def point_key(self, points: Tensor) -> Tensor:
@@ -204,6 +219,13 @@ class _Surface:
         device = self.tiles.values.device
         vertices = torch.cat([torch.empty(0, 3, device=device), *self.vertices])
         self.vertices.clear()
+        if self.fans:
+            ids, variant = (torch.cat(x) for x in zip(*self.fans, strict=True))
+            round_it = self.table.fan[variant].to(vertices)
+            middle = (vertices[ids.clamp(min=0)] * round_it[..., None]).sum(1) / round_it.sum(1, keepdim=True)
+            number = torch.arange(len(vertices), len(vertices) + len(ids), dtype=torch.int32, device=device)
+            self.faces.append(self.triangles_of(torch.cat((ids, number[:, None]), 1), variant))
+            vertices = torch.cat((vertices, middle))
         faces = torch.cat([torch.empty(0, 3, dtype=torch.int32, device=device), *self.faces])
         self.faces.clear()
         return vertices, faces.long(), ExtractionReport(voxels, self.num_cells, *self.counts)

@@ -1,14 +1,15 @@
-"""The 256 cases of marching cubes, generated from one rule instead of typed in.
+"""The cases of marching cubes, generated from one rule instead of typed in.
 
 Corner c of a cell is (dx, dy, dz) with c = (dx * 2 + dy) * 2 + dz; bit c of a case is set where the corner is inside (s < 0).
 Edge e = axis * 4 + k runs along `axis` from its lower corner; k counts the four lower corners in ascending order.
 
-The rule: on each face of the cell, walk round the corners; every run of inside corners is cut off by one directed segment, from the
-edge where the walk enters the run to the edge where it leaves it. The rule reads the four signs of that face only, so the two cells that share
-a face draw the same segments (in opposite directions) and the surface closes. The segments of a cell join into loops, which are triangulated
-without a diagonal between two edges of one face: a diagonal lying in a face could be drawn by the neighbour too and be shared by four triangles.
-On an ambiguous face (inside corners on one diagonal) inside corners are therefore kept apart.
-Marching cubes: Lorensen and Cline, SIGGRAPH 1987; why a face needs one rule: Dürst, Computer Graphics 22(2), 1988.
+The rule: walk round each face; every edge where the walk enters the inside is joined by a directed segment to the edge where it leaves
+again. A face with one sign on each diagonal (ambiguous) allows two pairings: inside corners kept apart, or joined. Whoever uses the table
+decides from the four values of the face, so the two cells that share it draw the same segments, in opposite directions, and the surface
+closes. The segments of a cell make loops, which are cut into triangles without a diagonal between two edges of one face: lying in the
+face, it could be drawn by the neighbour too and be shared by four triangles. Loops of 8 edges and more allow no such cut: they become a
+fan round a vertex of their own.
+Marching cubes: Lorensen and Cline, SIGGRAPH 1987. Ambiguous faces: Nielson and Hamann, The asymptotic decider, Visualization 1991.
 """
 
 from __future__ import annotations
@@ -16,17 +17,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CORNERS: list[tuple[int, int, int]] = list(product((0, 1), repeat=3))
-EDGES: list[tuple[int, int]] = [(a, a | (4 >> axis)) for axis in range(3) for a in range(8) if not a & (4 >> axis)]  # (lower corner, upper corner)
-EDGE_AXIS: list[int] = [axis for axis in range(3) for _ in range(4)]
-_EDGE_OF = {frozenset(ends): e for e, ends in enumerate(EDGES)}
+CORNERS = [(c >> 2, c >> 1 & 1, c & 1) for c in range(8)]
+EDGES = [(a, a | 4 >> axis) for axis in range(3) for a in range(8) if not a & 4 >> axis]  # (lower corner, upper corner)
+EDGE_AXIS = [axis for axis in range(3) for _ in range(4)]
+
+CENTRE = 12  # stands for the vertex in the middle of a loop, beside the edges 0 to 11
 
 Polygon = tuple[int, ...]
 Triangle = tuple[int, int, int]
+
+
+class CaseTable(NamedTuple):
+    """Triangles by variant = first[case] + the sum of weight[case, f] over the ambiguous faces f whose inside corners are joined."""
+
+    triangles: Tensor  # [variants, most, 3] int64: cell edges or CENTRE, counter-clockwise from outside, padded with 0
+    counts: Tensor  # [variants] int64
+    fan: Tensor  # [variants,12] bool: the edges round CENTRE, none where it is not used
+    first: Tensor  # [256] int64
+    weight: Tensor  # [256,6] int64, 0 where the face is not ambiguous
 
 
 def _faces() -> Iterator[list[int]]:
@@ -39,61 +52,84 @@ def _faces() -> Iterator[list[int]]:
 
 
 FACES = list(_faces())
-FACES_OF_EDGE = [{f for f, cycle in enumerate(FACES) if set(ends) <= set(cycle)} for ends in EDGES]
+_EDGE_OF = {frozenset(ends): e for e, ends in enumerate(EDGES)}
+_FACES_OF_EDGE = [{f for f, cycle in enumerate(FACES) if set(ends) <= set(cycle)} for ends in EDGES]
 
 
-def _loops(case: int) -> list[Polygon]:
-    """Closed loops of crossed edges, wound so that their normals point from inside to outside."""
+def ambiguous_faces(case: int) -> list[int]:
+    """Faces whose inside corners are one diagonal."""
+    return [f for f, (a, b, c, d) in enumerate(FACES) if case >> a & 1 == case >> c & 1 != case >> b & 1 == case >> d & 1]
+
+
+def loops(case: int, joined: set[int]) -> list[Polygon]:
+    """Closed loops of crossed edges, their normals pointing outwards; inside corners are joined on the ambiguous faces in `joined`."""
     successor: dict[int, int] = {}
-    for cycle in FACES:
-        inside = [case >> c & 1 for c in cycle]
+    for f, cycle in enumerate(FACES):
+        inside = [bool(case >> c & 1) for c in cycle]
         for i in range(4):
-            if inside[i] and not inside[i - 1]:  # a run of inside corners begins here
-                j = i
-                while inside[(j + 1) % 4]:
-                    j += 1
-                entry = _EDGE_OF[frozenset((cycle[i - 1], cycle[i]))]
-                leave = _EDGE_OF[frozenset((cycle[j % 4], cycle[(j + 1) % 4]))]
-                successor[entry] = leave
-    loops = []
+            if inside[i] and not inside[i - 1]:
+                step = -1 if f in joined else 1
+                j = i + step
+                while not (inside[j % 4 - 1] and not inside[j % 4]):
+                    j += step
+                successor[_edge_before(cycle, i)] = _edge_before(cycle, j % 4)
+    found = []
     while successor:
         first, edge = successor.popitem()
         loop = [first]
         while edge != first:
             loop.append(edge)
             edge = successor.pop(edge)
-        loops.append(tuple(loop))
-    return sorted(loops)
+        found.append(tuple(loop))
+    return sorted(found)
+
+
+def _edge_before(cycle: list[int], i: int) -> int:
+    return _EDGE_OF[frozenset((cycle[i - 1], cycle[i]))]
 
 
 def _triangulations(polygon: Polygon) -> Iterator[list[Triangle]]:
+    """All ways to cut a polygon into triangles without a diagonal in a face of the cell."""
     if len(polygon) < 3:
         yield []
         return
-    for k in range(1, len(polygon) - 1):  # the triangle that holds the side from the last vertex to the first
-        for left in _triangulations(polygon[: k + 1]):
-            for right in _triangulations(polygon[k:]):
-                yield [(polygon[0], polygon[k], polygon[-1]), *left, *right]
+    last = len(polygon) - 1
+    for k in range(1, last):  # the triangle on the side from the last vertex to the first
+        if _is_allowed(polygon, 0, k) and _is_allowed(polygon, k, last):
+            for left in _triangulations(polygon[: k + 1]):
+                for right in _triangulations(polygon[k:]):
+                    yield [(polygon[0], polygon[k], polygon[-1]), *left, *right]
 
 
-def _diagonals_in_faces(polygon: Polygon, triangles: list[Triangle]) -> int:
-    sides = {frozenset(pair) for pair in zip(polygon, polygon[1:] + polygon[:1], strict=True)}
-    drawn = {frozenset((t[i], t[i - 1])) for t in triangles for i in range(3)}
-    return sum(bool(FACES_OF_EDGE[a] & FACES_OF_EDGE[b]) for a, b in drawn - sides)
+def _is_allowed(polygon: Polygon, i: int, j: int) -> bool:
+    return j - i == 1 or not _FACES_OF_EDGE[polygon[i]] & _FACES_OF_EDGE[polygon[j]]
 
 
-def case_triangles(case: int) -> list[Triangle]:
-    """Triangles of one case as triples of cell edges."""
-    return [t for loop in _loops(case) for t in min(_triangulations(loop), key=lambda ts: _diagonals_in_faces(loop, ts))]
+def variant_triangles(case: int, joined: set[int]) -> list[Triangle]:
+    """Triangles of one variant as triples of cell edges and CENTRE."""
+    found: list[Triangle] = []
+    for loop in loops(case, joined):
+        fan = [(CENTRE, a, b) for a, b in zip(loop, loop[1:] + loop[:1], strict=True)]
+        found += next(_triangulations(loop), fan)
+    return found
 
 
 @lru_cache(maxsize=1)
-def triangle_table() -> tuple[Tensor, Tensor]:
-    """(triangles [256, 5 or so, 3] int64, edges of the cell, padded with 0; counts [256] int64)."""
-    cases = [case_triangles(case) for case in range(256)]
-    counts = torch.tensor([len(triangles) for triangles in cases])
-    table = torch.zeros(256, int(counts.max()), 3, dtype=torch.int64)
-    for case, triangles in enumerate(cases):
-        if triangles:
-            table[case, : len(triangles)] = torch.tensor(triangles)
-    return table, counts
+def case_table() -> CaseTable:
+    """The whole table, on the CPU."""
+    variants: list[list[Triangle]] = []
+    first, weight = torch.zeros(256, dtype=torch.int64), torch.zeros(256, 6, dtype=torch.int64)
+    for case in range(256):
+        faces = ambiguous_faces(case)
+        first[case] = len(variants)
+        for bit, face in enumerate(faces):
+            weight[case, face] = 1 << bit
+        for mask in range(1 << len(faces)):
+            variants.append(variant_triangles(case, {face for bit, face in enumerate(faces) if mask >> bit & 1}))
+    counts = torch.tensor([len(triangles) for triangles in variants])
+    table = torch.zeros(len(variants), int(counts.max()), 3, dtype=torch.int64)
+    fan = torch.zeros(len(variants), 12, dtype=torch.bool)
+    for row, triangles in enumerate(variants):
+        table[row, : len(triangles)] = torch.tensor(triangles, dtype=torch.int64).view(-1, 3)
+        fan[row, [b for a, b, _ in triangles if a == CENTRE]] = True
+    return CaseTable(table, counts, fan, first, weight)

@@ -78,3 +78,8 @@ def precision(x: Tensor) -> str:
 
 def block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
+
+
+def interpreted() -> bool:
+    """Whether these kernels were defined under Triton's interpreter, which runs them on CPU tensors."""
+    return not isinstance(_tile_segments_kernel, triton.JITFunction)

@@ -16,7 +16,7 @@ from .common import block_d
 
 
 @triton.jit
-def _rows(T, HQ: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+def _rows(HQ: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
@@ -36,7 +36,7 @@ def _fwd_kernel(
     o_cmp_ptr, o_slc_ptr, o_win_ptr, gates_ptr, o_ptr, HQ: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    t, h, at, mask = _rows(0, HQ, D, BLOCK_H, BLOCK_D)
+    t, h, at, mask = _rows(HQ, D, BLOCK_H, BLOCK_D)
     o = _gate(gates_ptr, t, h, 0, HQ, PER_HEAD)[:, None] * tl.load(o_cmp_ptr + at, mask=mask, other=0.0).to(tl.float32)
     o += _gate(gates_ptr, t, h, 1, HQ, PER_HEAD)[:, None] * tl.load(o_slc_ptr + at, mask=mask, other=0.0).to(tl.float32)
     o += _gate(gates_ptr, t, h, 2, HQ, PER_HEAD)[:, None] * tl.load(o_win_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -62,7 +62,7 @@ def _bwd_kernel(
     do_ptr, o_cmp_ptr, o_slc_ptr, o_win_ptr, gates_ptr, do_cmp_ptr, do_slc_ptr, do_win_ptr, delta_cmp_ptr, delta_slc_ptr, delta_win_ptr,
     dgates_ptr, HQ: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    t, h, at, mask = _rows(0, HQ, D, BLOCK_H, BLOCK_D)
+    t, h, at, mask = _rows(HQ, D, BLOCK_H, BLOCK_D)
     do = tl.load(do_ptr + at, mask=mask, other=0.0).to(tl.float32)
     _bwd_branch(do, o_cmp_ptr, do_cmp_ptr, delta_cmp_ptr, gates_ptr, dgates_ptr, t, h, at, mask, 0, HQ, PER_HEAD)
     _bwd_branch(do, o_slc_ptr, do_slc_ptr, delta_slc_ptr, gates_ptr, dgates_ptr, t, h, at, mask, 1, HQ, PER_HEAD)

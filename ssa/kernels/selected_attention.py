@@ -32,9 +32,9 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return dict(BLOCK_M=128, BLOCK_N=32, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
 
 
-def chunk_queries(t: int, hq: int, head_dim: int, topk: int, itemsize: int) -> int:
+def chunk_queries(num_heads: int, head_dim: int, topk: int, itemsize: int) -> int:
     """Queries a chunk: their partial results fill SCRATCH."""
-    return max(1, min(t, SCRATCH // (hq * topk * (head_dim * itemsize + 4))))
+    return max(1, SCRATCH // (num_heads * topk * (head_dim * itemsize + 4)))
 
 
 def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, Tensor]:
@@ -223,8 +223,8 @@ def selected_attention_forward(
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
     tiles = tile_segments(csr_offsets, csr_indices.shape[0], hq // hkv, config["BLOCK_M"])
-    part = torch.empty(chunk * hq * topk, d, dtype=q.dtype, device=q.device)
-    part_lse = torch.empty(chunk * hq * topk, dtype=torch.float32, device=q.device)
+    part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
+    part_lse = torch.empty(min(chunk, t) * hq * topk, dtype=torch.float32, device=q.device)
     for c, grid, n in _chunks(t, chunk, hq, hkv, topk, num_blocks, config["BLOCK_M"]):
         _fwd_kernel[grid](
             q, k, v, part, part_lse, offsets, csr_offsets, csr_indices, tiles, scale * LOG2E.value, c * hkv * num_blocks,
@@ -250,7 +250,7 @@ def selected_attention_backward(
     sizes = dict(HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
     config = configs[0] or _config("dq", d, q.dtype)
     tiles = tile_segments(csr_offsets, csr_indices.shape[0], hq // hkv, config["BLOCK_M"])
-    part = torch.empty(chunk * hq * topk, d, dtype=q.dtype, device=q.device)
+    part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     for c, grid, n in _chunks(t, chunk, hq, hkv, topk, num_blocks, config["BLOCK_M"]):
         _dq_kernel[grid](
             q, k, v, do, lse, delta, part, offsets, csr_offsets, csr_indices, tiles, scale, c * hkv * num_blocks, hkv * num_blocks,

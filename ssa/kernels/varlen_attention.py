@@ -205,7 +205,7 @@ def varlen_attention_forward(
     """Contiguous q, k, v → o like q, lse [T,Hq] fp32."""
     o = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    sizes, config = _sizes(q, k, index), config or _config("fwd", q.shape[2], q.dtype, index is None and q.shape[0] != k.shape[0])
+    sizes, config = _sizes(q, k, index), config or _config("fwd", q.shape[2], q.dtype, _long(k, cu_k))
     tiles = tile_segments(cu_q, q.shape[0], q.shape[1] // k.shape[1], config["BLOCK_M"])
     if q.shape[0]:
         grid = (tiles.shape[0] * k.shape[1],)
@@ -219,7 +219,7 @@ def varlen_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv; tensors given in `out` are added to in place."""
     (t, hq, d), (n, hkv, _) = q.shape, k.shape
-    long = index is None and t != n
+    long = _long(k, cu_k)
     sizes = _sizes(q, k, index)
     dq, dk, dv = (torch.empty_like(x) if y is None else y for x, y in zip((q, k, v), out, strict=True))
     if t:
@@ -246,6 +246,11 @@ def varlen_attention_backward(
 def _sizes(q: Tensor, k: Tensor, index: Tensor | None) -> dict:
     d = q.shape[2]
     return dict(HQ=q.shape[1], HKV=k.shape[1], D=d, BLOCK_D=block_d(d), GATHER=index is not None, PRECISION=precision(q))
+
+
+def _long(k: Tensor, cu_k: Tensor) -> bool:
+    """Segments hold many keys on average: compression, rather than windows."""
+    return k.shape[0] >= 512 * (cu_k.shape[0] - 1)
 
 
 def _splits(programs: int, rows: int, block_m: int) -> int:

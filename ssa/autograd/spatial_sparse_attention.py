@@ -1,0 +1,94 @@
+"""`ssa::spatial_sparse_attention`: the three branches, score, top-k and gated sum in one op, and all gradients in another.
+
+One op instead of four saves memory and passes: the gate's backward yields every branch's delta, and each branch adds its dq, dk, dv to
+what lies there. Outputs after o are what the backward needs; they have no gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from ..kernels.block_topk import block_topk
+from ..kernels.gated_sum import gated_sum_backward, gated_sum_forward
+from ..kernels.selected_attention import invert, selected_attention_backward, selected_attention_forward
+from ..kernels.varlen_attention import varlen_attention_backward, varlen_attention_forward
+from .common import first_order_only
+from .selected_attention import fake_inverse_map, queries_per_chunk
+
+
+@torch.library.custom_op("ssa::spatial_sparse_attention", mutates_args=())
+def spatial_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, topk_indices: Tensor | None, cu_seqlens: Tensor,
+    cu_compression: Tensor, cu_selection: Tensor, child_offsets: Tensor, fill_order: Tensor, offsets: Tensor, cu_window: Tensor,
+    window_index: Tensor | None, ratio: int, topk: int, softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, k_cmp, v_cmp, gates = (x.contiguous() for x in (q, k, v, k_cmp, v_cmp, gates))
+    o_cmp, lse_cmp = varlen_attention_forward(q, k_cmp, v_cmp, cu_seqlens, cu_compression, None, softmax_scale)
+    if topk_indices is None:
+        topk_indices = block_topk(q, k_cmp, lse_cmp, cu_seqlens, cu_selection, child_offsets, fill_order, ratio, topk, softmax_scale)
+    else:
+        topk_indices = topk_indices.clone(memory_format=torch.contiguous_format)
+    chunk = queries_per_chunk(q, topk_indices)
+    csr = invert(topk_indices, offsets.shape[0] - 1, chunk)
+    o_slc, lse_slc = selected_attention_forward(q, k, v, topk_indices, offsets, *csr, chunk, softmax_scale)
+    o_win, lse_win = varlen_attention_forward(q, k, v, cu_window, cu_window, window_index, softmax_scale)
+    o = gated_sum_forward(o_cmp, o_slc, o_win, gates)
+    return o, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, topk_indices, *csr
+
+
+@spatial_sparse_attention.register_fake
+def _(
+    q, k, v, k_cmp, v_cmp, gates, topk_indices, cu_seqlens, cu_compression, cu_selection, child_offsets, fill_order, offsets, cu_window,
+    window_index, ratio, topk, softmax_scale,
+):  # fmt: skip
+    outputs = (q.new_empty(q.shape) for _ in range(4))
+    lses = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(3))
+    ids = q.new_empty((q.shape[0], k.shape[1], topk), dtype=torch.int32)
+    return *outputs, *lses, ids, *fake_inverse_map(q, ids, offsets)
+
+
+@torch.library.custom_op("ssa::spatial_sparse_attention_backward", mutates_args=())
+def _backward_op(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, o_cmp: Tensor, o_slc: Tensor,
+    o_win: Tensor, lse_cmp: Tensor, lse_slc: Tensor, lse_win: Tensor, topk_indices: Tensor, csr_offsets: Tensor, csr_indices: Tensor,
+    cu_seqlens: Tensor, cu_compression: Tensor, offsets: Tensor, cu_window: Tensor, window_index: Tensor | None, softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do, q, k, v, k_cmp, v_cmp, gates = (x.contiguous() for x in (do, q, k, v, k_cmp, v_cmp, gates))
+    dos, deltas, dgates = gated_sum_backward(do, [o_cmp, o_slc, o_win], gates)
+    dq, dk_cmp, dv_cmp = varlen_attention_backward(
+        q, k_cmp, v_cmp, dos.pop(0), lse_cmp, deltas[0], cu_seqlens, cu_compression, None, softmax_scale
+    )
+    grads = selected_attention_backward(
+        q, k, v, dos.pop(0), lse_slc, deltas[1], topk_indices, offsets, csr_offsets, csr_indices, queries_per_chunk(q, topk_indices),
+        softmax_scale, out=(dq, None, None),
+    )  # fmt: skip
+    dq, dk, dv = varlen_attention_backward(
+        q, k, v, dos.pop(0), lse_win, deltas[2], cu_window, cu_window, window_index, softmax_scale, out=grads
+    )
+    return dq, dk, dv, dk_cmp, dv_cmp, dgates
+
+
+@_backward_op.register_fake
+def _(do, q, k, v, k_cmp, v_cmp, gates, *rest):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, k_cmp, v_cmp, gates))
+
+
+first_order_only(_backward_op)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, k_cmp, v_cmp, gates, _, cu_seqlens, cu_compression, _, _, _, offsets, cu_window, window_index, _, _, scale = inputs
+    ctx.softmax_scale = scale
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(
+        q, k, v, k_cmp, v_cmp, gates, *output[1:], cu_seqlens, cu_compression, offsets, cu_window, window_index
+    )
+
+
+def _backward(ctx, do, *_):
+    if do is None:
+        return (None,) * 18
+    return *_backward_op(do, *ctx.saved_tensors, ctx.softmax_scale), *(None,) * 12
+
+
+spatial_sparse_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -10,6 +10,7 @@ from .functional import (
     varlen_attention,
     window_attention,
 )
+from .module import SpatialSparseAttention, explain
 from .partition import Blocks, VoxelPartition, partition_voxels
 
 __version__ = "0.1.0"

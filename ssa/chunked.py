@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .partition import Blocks, VoxelPartition
@@ -97,22 +98,62 @@ def selected_attention(
 
 def block_mean(x: Tensor, blocks: Blocks) -> Tensor:
     """Mean over the rows of each block: [T, …] → [n, …]."""
-    size = torch.diff(blocks.offsets.long())
-    x = x if blocks.index is None else x[blocks.index.long()]
-    block = torch.repeat_interleave(torch.arange(len(blocks), device=x.device), size, output_size=x.shape[0])
-    wide = torch.promote_types(x.dtype, torch.float32)
-    total = torch.zeros(len(blocks), *x.shape[1:], dtype=wide, device=x.device).index_add(0, block, x.to(wide))
-    return (total / size.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+    return segment_mean(x.reshape(x.shape[0], x.shape[1:].numel()), blocks.offsets, blocks.index).reshape(-1, *x.shape[1:])
+
+
+def segment_mean(x: Tensor, offsets: Tensor, index: Tensor | None = None, extra: int = 0) -> Tensor:
+    """x [T, F] → [n, F]: Σ / (n_b + extra) over the rows index[offsets[b] … offsets[b+1]) of each segment, 0 for an empty one."""
+    num_tokens, count = x.shape[0], torch.diff(offsets).long()
+    segment = torch.repeat_interleave(torch.arange(count.shape[0], device=x.device), count, output_size=num_tokens)
+    if index is not None:
+        segment = torch.empty_like(segment).index_copy(0, index.long(), segment)  # the gradient gathers rows, it never scatters
+    x_acc = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = x_acc.new_zeros(count.shape[0], x.shape[1]).index_add(0, segment, x_acc)
+    return (total / (count[:, None] + extra).clamp(min=1)).to(x.dtype)
+
+
+def add_position(x: Tensor, table: Tensor, slots: Tensor) -> Tensor:
+    """x [T, F], table [P, F], slots [T] → x + table[slots] in x's dtype."""
+    return (x.to(torch.promote_types(x.dtype, table.dtype)) + table[slots]).to(x.dtype)
 
 
 def submanifold_conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors: Tensor) -> Tensor:
-    """y[i] = Σ_δ x[i + δ] W[δ] + b, one tap at a time; the row of zeros at the end stands for absent neighbours."""
-    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
-    index = torch.where(neighbors >= 0, neighbors, x.shape[0]).long()
-    y = x.new_zeros(x.shape[0], kernel.shape[2])
-    for tap in range(27):
-        y = y + padded[index[:, tap]] @ kernel[tap]
-    return y if bias is None else y + bias
+    """y[i] = Σ_δ x[neighbors[i, δ]] W[δ] + b, one tap at a time: memory of one [T, in] gather, never [T, 27, in]."""
+    y = _SubmanifoldConv3d.apply(x, kernel, neighbors)
+    return y if bias is None else (y + bias.to(y.dtype))
+
+
+class _SubmanifoldConv3d(torch.autograd.Function):
+    """Saves x, not what was gathered from it; the table is symmetric, so dx gathers too: no scatter, repeatable."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, neighbors):
+        ctx.save_for_backward(x, kernel, neighbors)
+        return _sum_over_taps(x, kernel.to(x.dtype), neighbors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, kernel, neighbors = ctx.saved_tensors
+        dx = _sum_over_taps(dy, kernel.to(x.dtype).flip(0).transpose(1, 2), neighbors)
+        dyf = dy.to(torch.promote_types(dy.dtype, torch.float32))
+        dkernel = torch.stack([_neighbor_rows(x, neighbors, tap).to(dyf.dtype).T @ dyf for tap in range(27)])
+        return dx, dkernel.to(kernel.dtype), None
+
+
+def _sum_over_taps(x: Tensor, kernel: Tensor, neighbors: Tensor) -> Tensor:
+    acc = torch.promote_types(x.dtype, torch.float32)
+    y = torch.zeros(x.shape[0], kernel.shape[2], dtype=acc, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):  # sums stay fp32
+        for tap in range(27):
+            y = torch.addmm(y, _neighbor_rows(x, neighbors, tap).to(acc), kernel[tap].to(acc))
+    return y.to(x.dtype)
+
+
+def _neighbor_rows(x: Tensor, neighbors: Tensor, tap: int) -> Tensor:
+    """[T, in]: the row at one tap of every row, 0 where there is none."""
+    row = neighbors[:, tap].long()
+    return torch.where((row >= 0)[:, None], x[row.clamp(min=0)], 0)
 
 
 def _segments(

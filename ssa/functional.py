@@ -306,26 +306,83 @@ def _check_topk_indices(topk_indices: Tensor, q: Tensor, k: Tensor, topk: int | 
 
 
 def block_mean(x: Tensor, blocks: Blocks, *, impl: str | None = None) -> Tensor:
-    """Mean over the rows of each block (Eq. 7): x [T, …] in packed order → [n, …]."""
-    if x.ndim < 1 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point [T, …], got {tuple(x.shape)}, {x.dtype}")
-    impl = _choose(impl, x)
-    if impl != "triton":
-        return _PLAIN[impl].block_mean(x, blocks)
-    from .autograd.block_mean import block_mean as op
+    """Mean over the rows of each block (Eq. 7): x [T, …] in packed order → [n, …] in x's dtype, summed in float32.
 
-    return op(x, blocks.offsets, blocks.index)
+    blocks: `partition.compression`, `partition.selection` or `partition.window`.
+    """
+    _check_floating(x=x)
+    if x.ndim < 1 or x.device != blocks.offsets.device:
+        raise ValueError(f"x must be [T, …] on the device of the blocks {blocks.offsets.device}, got {x.shape=}, {x.device=}")
+    if blocks.index is not None and blocks.index.shape[0] != x.shape[0]:
+        raise ValueError(f"x must have one row per voxel, got {x.shape=} for {blocks.index.shape[0]} voxels")
+    features = x.shape[1:]
+    return segment_mean(x.reshape(x.shape[0], features.numel()), blocks.offsets, blocks.index, impl=impl).reshape(-1, *features)
+
+
+def segment_mean(
+    x: Tensor,
+    offsets: Tensor,
+    index: Tensor | None = None,
+    *,
+    extra: int = 0,
+    table: Tensor | None = None,
+    slots: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Σ (x + table[slots]) / (n_b + extra) over the rows of each segment, 0 for one without rows.
+
+    x [T, F]; offsets [n+1] int32; index [T] int32: rows in the order of the segments; table [P, F], slots [T] int32 in 0 … P − 1 → [n, F].
+    """
+    impl = _choose(impl, x)
+    if impl == "triton":
+        from .autograd.block_mean import block_mean as op
+
+        return op(x, offsets, index, table, slots, extra)
+    if table is not None:
+        x = add_position(x, table, slots, impl=impl)
+    return _PLAIN[impl].segment_mean(x, offsets, index, extra)
+
+
+def add_position(x: Tensor, table: Tensor, slots: Tensor, *, impl: str | None = None) -> Tensor:
+    """x [T, F], table [P, F], slots [T] int32 in 0 … P − 1 → x + table[slots] in x's dtype."""
+    if _choose(impl, x) != "triton":
+        return chunked.add_position(x, table, slots)
+    from .autograd.position_table import add_position as op
+
+    return op(x, table, slots)
 
 
 def submanifold_conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors: Tensor, *, impl: str | None = None) -> Tensor:
     """Submanifold 3^3 convolution: y[i] = Σ_δ x[i+δ] W[δ] + b over the active neighbours.
 
-    x [T, in]; kernel [27, in, out], tap = (dx+1) + 3(dy+1) + 9(dz+1); bias [out] or None; neighbors [T,27] int32 (partition.neighbors)
-    → [T, out].
+    Args:
+        x: [T, in].
+        kernel: [27, in, out], tap = (dx+1) + 3(dy+1) + 9(dz+1); used in x's dtype, sums and its gradient are float32. bias: [out] or None.
+        neighbors: [T,27] int32, −1 = none, as `partition.neighbors`: symmetric, that is neighbors[i, δ] = j ⟺ neighbors[j, 26 − δ] = i.
+
+    Returns: [T, out] in x's dtype.
     """
+    _check_floating(x=x, kernel=kernel, **({} if bias is None else {"bias": bias}))
+    if x.ndim != 2 or kernel.ndim != 3 or kernel.shape[:2] != (27, x.shape[1]):
+        raise ValueError(f"kernel must be [27, in, out] for x [T, in], got {kernel.shape=}, {x.shape=}")
+    if bias is not None and bias.shape != kernel.shape[2:]:
+        raise ValueError(f"bias must be [out], got {bias.shape=} for {kernel.shape=}")
+    if neighbors.shape != (x.shape[0], 27) or neighbors.dtype != torch.int32:
+        raise ValueError(f"neighbors must be [T, 27] int32, got {neighbors.shape=}, {neighbors.dtype=} for {x.shape=}")
+    for name, t in (("kernel", kernel), ("bias", bias), ("neighbors", neighbors)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
     impl = _choose(impl, x)
     if impl != "triton":
-        return _PLAIN[impl].submanifold_conv3d(x, kernel, bias, neighbors)
+        return _PLAIN[impl].submanifold_conv3d(x, kernel.to(x.dtype), None if bias is None else bias.to(x.dtype), neighbors)
     from .autograd.submanifold_conv3d import submanifold_conv3d as op
 
     return op(x, kernel, bias, neighbors)
+
+
+def _check_floating(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}")

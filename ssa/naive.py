@@ -118,11 +118,15 @@ def spatial_sparse_attention(
 
 def block_mean(x: Tensor, blocks: Blocks) -> Tensor:
     """Mean over the rows of each block: [T, …] → [n, …]."""
-    index = torch.arange(x.shape[0], device=x.device) if blocks.index is None else blocks.index.long()
+    return segment_mean(x.reshape(x.shape[0], x.shape[1:].numel()), blocks.offsets, blocks.index).reshape(-1, *x.shape[1:])
+
+
+def segment_mean(x: Tensor, offsets: Tensor, index: Tensor | None = None, extra: int = 0) -> Tensor:
+    """x [T, F], n segments of rows (of index[rows]) → [n, F]: the sum over n_b + extra rows, 0 for an empty segment."""
     position = torch.arange(x.shape[0], device=x.device)
-    member = (position >= blocks.offsets[:-1, None]) & (position < blocks.offsets[1:, None])  # [n, T]
-    weight = member.to(x.dtype) / member.sum(1, keepdim=True)
-    return (weight @ x[index].flatten(1)).reshape(-1, *x.shape[1:])
+    member = ((position >= offsets[:-1, None]) & (position < offsets[1:, None])).to(x.dtype)  # [n, T]
+    weight = member / (member.sum(1, keepdim=True) + extra).clamp(min=1)
+    return weight @ (x if index is None else x[index.long()])
 
 
 def submanifold_conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors: Tensor) -> Tensor:

@@ -1,0 +1,195 @@
+"""Block compressors δ: the tokens of a block → one key or value of the compression branch.
+
+    conv_mean        mean_block(conv3³(x))                                            arXiv 2505.17412, Eq. 7
+    direct3d_s2_v1   pool(silu(conv1³(x)))                                            released model v1.1
+    direct3d_s2_v2   conv3³(silu(GN(conv3³(pool(silu(GN(x))))))) + pool(x)            released model v1.0, both conv3³ between blocks
+
+x [T, C] with C = Hkv · D (heads are mixed), plus a table of positions in the block for keys. mean divides by the number of voxels n,
+pool by n + 1. Neighbours are found by coordinate, across block borders, never across samples. Parameter names are the release's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import functional
+from .partition import VoxelPartition
+
+
+class SubmanifoldConv3d(nn.Module):
+    """3×3×3 convolution over the active neighbours; kernel [27, in, out], tap (dx+1) + 3(dy+1) + 9(dz+1), bias [out]."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.empty(27, in_channels, out_channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(27 * self.kernel.shape[1])
+        nn.init.uniform_(self.kernel, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor, neighbors: Tensor, impl: str | None = None) -> Tensor:
+        return functional.submanifold_conv3d(x, self.kernel, self.bias, neighbors, impl=impl)
+
+
+class PointwiseConv3d(nn.Module):
+    """1×1×1 convolution: kernel [in, out], bias [out]."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.empty(in_channels, out_channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.kernel.shape[0])
+        nn.init.uniform_(self.kernel, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.kernel.t(), self.bias)
+
+
+class SampleGroupNorm(nn.GroupNorm):
+    """GroupNorm whose statistics run over all rows of a sample (and the channels of a group), in fp32 or wider."""
+
+    def forward(self, x: Tensor, sample: Tensor, offsets: Tensor, cu_blocks: Tensor, impl: str | None = None) -> Tensor:
+        """x [N, C]; sample [N] int32; offsets [S+1]: rows of each selection block; cu_blocks [B+1]: selection blocks of each sample."""
+        return _SampleGroupNorm.apply(x, self.weight, self.bias, sample, offsets, cu_blocks, self.num_groups, self.eps, impl)
+
+
+class _SampleGroupNorm(torch.autograd.Function):
+    """Saves x and two numbers a sample and group. Sums go rows → selection blocks → samples, so they are ordered and parallel."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, sample, offsets, cu_blocks, num_groups, eps, impl):
+        ctx.num_groups, ctx.impl = num_groups, impl
+        xf = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = _over_groups(_sample_mean(xf, offsets, cu_blocks, impl), num_groups)  # [B, C]
+        centred = xf - mean[sample]
+        rstd = torch.rsqrt(_over_groups(_sample_mean(centred.square(), offsets, cu_blocks, impl), num_groups) + eps)
+        ctx.save_for_backward(x, weight, mean, rstd, sample, offsets, cu_blocks)
+        return (centred * (rstd * weight)[sample] + bias).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, mean, rstd, sample, offsets, cu_blocks = ctx.saved_tensors
+        dyf = dy.to(mean.dtype)
+        normal = (x.to(mean.dtype) - mean[sample]) * rstd[sample]
+        dy_mean = _sample_mean(dyf, offsets, cu_blocks, ctx.impl)  # [B, C]
+        dyn_mean = _sample_mean(dyf * normal, offsets, cu_blocks, ctx.impl)
+        count = torch.diff(offsets[cu_blocks.long()])[:, None]
+        c1 = _over_groups(weight * dy_mean, ctx.num_groups)
+        c2 = _over_groups(weight * dyn_mean, ctx.num_groups)
+        dx = (dyf * weight - c1[sample] - normal * c2[sample]) * rstd[sample]
+        dweight, dbias = (count * dyn_mean).sum(0), (count * dy_mean).sum(0)
+        return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype), *(None,) * 6
+
+
+def _sample_mean(x: Tensor, offsets: Tensor, cu_blocks: Tensor, impl: str | None) -> Tensor:
+    """[N, C] → [B, C]: mean over the rows of each sample, 0 for an empty one."""
+    rows = torch.diff(offsets)[:, None]
+    blocks = torch.diff(cu_blocks)[:, None]
+    total = functional.segment_mean(x, offsets, impl=impl) * rows
+    total = functional.segment_mean(total, cu_blocks, impl=impl) * blocks
+    return total / torch.diff(offsets[cu_blocks.long()])[:, None].clamp(min=1)
+
+
+def _over_groups(x: Tensor, num_groups: int) -> Tensor:
+    """[B, C] → [B, C]: every channel gets the mean of its group."""
+    grouped = x.unflatten(1, (num_groups, -1))
+    return grouped.mean(-1, keepdim=True).expand_as(grouped).flatten(1)
+
+
+def block_slots(partition: VoxelPartition) -> Tensor:
+    """[T] int32: place of every voxel in its compression block, (x m + y) m + z of the coordinates modulo m."""
+    m = partition.compression.size
+    x, y, z = torch.remainder(partition.coords[:, 1:], m).unbind(1)
+    return (x * m + y) * m + z
+
+
+class _Wrapped(nn.Module):
+    """Holds a convolution under the name `conv`, as the released modules do."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, *args) -> Tensor:
+        return self.conv(*args)
+
+
+class ConvMean(nn.Module):
+    """The paper's δ. The convolution starts as the identity, so a fresh compressor is the plain mean."""
+
+    def __init__(self, channels: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.conv = SubmanifoldConv3d(channels, channels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.conv.kernel.zero_()
+            self.conv.kernel[13].fill_diagonal_(1)
+            self.conv.bias.zero_()
+
+    def forward(self, x: Tensor, partition: VoxelPartition, table: Tensor | None = None, impl: str | None = None) -> Tensor:
+        """x [T, C] in packed order, table [m³, C] or None → [blocks, C]."""
+        if table is not None:
+            x = functional.add_position(x, table, block_slots(partition), impl=impl)
+        return functional.block_mean(self.conv(x, partition.neighbors, impl), partition.compression, impl=impl)
+
+
+class Direct3DS2V1(nn.Module):
+    """δ of the released model v1.1."""
+
+    def __init__(self, channels: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.act_layers = nn.Sequential(_Wrapped(PointwiseConv3d(channels, channels, device=device, dtype=dtype)), nn.SiLU())
+
+    def forward(self, x: Tensor, partition: VoxelPartition, table: Tensor | None = None, impl: str | None = None) -> Tensor:
+        """x [T, C] in packed order, table [m³, C] or None → [blocks, C]."""
+        if table is not None:
+            x = functional.add_position(x, table, block_slots(partition), impl=impl)
+        return functional.segment_mean(self.act_layers(x), partition.compression.offsets, extra=1, impl=impl)
+
+
+class Direct3DS2V2(nn.Module):
+    """δ of the released model v1.0."""
+
+    def __init__(self, channels: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        kwargs = dict(device=device, dtype=dtype)
+        groups = math.gcd(32, channels)
+        self.act_layers = nn.Sequential(SampleGroupNorm(groups, channels, **kwargs), nn.SiLU())
+        self.out_layers = nn.Sequential(
+            _Wrapped(SubmanifoldConv3d(channels, channels, **kwargs)),
+            SampleGroupNorm(groups, channels, **kwargs),
+            nn.SiLU(),
+            _Wrapped(SubmanifoldConv3d(channels, channels, **kwargs)),
+        )
+
+    def forward(self, x: Tensor, partition: VoxelPartition, table: Tensor | None = None, impl: str | None = None) -> Tensor:
+        """x [T, C] in packed order, table [m³, C] or None → [blocks, C]."""
+        compression, selection, neighbors = partition.compression, partition.selection, partition.block_neighbors
+        slots = None if table is None else block_slots(partition)
+        skip = functional.segment_mean(x, compression.offsets, extra=1, table=table, slots=slots, impl=impl)
+        if table is not None:
+            x = functional.add_position(x, table, slots, impl=impl)
+        norm, silu = self.act_layers
+        h = silu(norm(x, partition.coords[:, 0], selection.offsets, selection.cu_blocks, impl))
+        h = functional.segment_mean(h, compression.offsets, extra=1, impl=impl)  # [blocks, C]
+        conv_in, norm, silu, conv_out = self.out_layers
+        h = conv_in(h, neighbors, impl)
+        h = silu(norm(h, compression.coords[:, 0], partition.child_offsets, selection.cu_blocks, impl))
+        return skip + conv_out(h, neighbors, impl)
+
+
+COMPRESSORS = {"conv_mean": ConvMean, "direct3d_s2_v1": Direct3DS2V1, "direct3d_s2_v2": Direct3DS2V2}

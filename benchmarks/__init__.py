@@ -1,0 +1,1 @@
+"""Benchmarks of `ssa` beside dense attention: `python -m benchmarks.run` makes the whole table."""

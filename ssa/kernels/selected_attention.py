@@ -52,14 +52,16 @@ def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, T
 @triton.jit
 def _bucket_rows(csr_offsets_ptr, csr_indices_ptr, tiles_ptr, bucket0, num_buckets, G: tl.constexpr, BLOCK_M: tl.constexpr):
     """Bucket of this program's tile (counted from the chunk's first), its entries, heads and which rows are real."""
-    first_tile = tl.load(csr_offsets_ptr + bucket0) * G // BLOCK_M + bucket0
-    tile = first_tile + tl.program_id(0)
+    tile = tl.load(csr_offsets_ptr + bucket0) * G // BLOCK_M + bucket0 + tl.program_id(0)
+    end_tile = tl.load(csr_offsets_ptr + bucket0 + num_buckets) * G // BLOCK_M + bucket0 + num_buckets
+    inside = tile < end_tile
+    tile = tl.minimum(tile, end_tile - 1)
     bucket = tl.load(tiles_ptr + tile)
     start, num_rows, first = tile_rows(csr_offsets_ptr, bucket, tile, G, BLOCK_M)
     row = first + tl.arange(0, BLOCK_M)
-    valid = (row < num_rows) & (bucket < bucket0 + num_buckets)
+    valid = (row < num_rows) & inside
     entry = tl.load(csr_indices_ptr + start + row // G, mask=valid, other=0)
-    return bucket - bucket0, (first < num_rows) & (bucket < bucket0 + num_buckets), entry, row % G, valid
+    return bucket - bucket0, (first < num_rows) & inside, entry, row % G, valid
 
 
 @triton.jit(do_not_specialize=["bucket0", "num_buckets", "num_blocks", "topk", "entry0"])
@@ -118,8 +120,9 @@ def _combine_kernel(
         w = tl.exp(tl.load(part_lse_ptr + entry, mask=chosen, other=-float("inf")) - base)
         l_i += w
         acc += w[:, None] * load_rows(part_ptr, entry * D, chosen, D, BLOCK_D).to(tl.float32)
-    empty = l_i == 0.0
-    store_rows(o_ptr, (row0 + local) * D, acc / tl.where(empty, 1.0, l_i)[:, None], valid, D, BLOCK_D)
+    empty = l_i == 0.0  # nothing chosen: o = 0, lse = −inf
+    l_i = tl.where(empty, 1.0, l_i)
+    store_rows(o_ptr, (row0 + local) * D, acc / l_i[:, None], valid, D, BLOCK_D)
     tl.store(lse_ptr + row0 + local, tl.where(empty, -float("inf"), m_i + tl.log(l_i)), mask=valid)
 
 

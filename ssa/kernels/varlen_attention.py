@@ -84,7 +84,8 @@ def _fwd_kernel(
             acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, full, hi, scale_log2, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, PRECISION
         )
         empty = l_i == 0.0  # no keys at all: o = 0, lse = −inf
-        acc = acc / tl.where(empty, 1.0, l_i)[:, None]
+        l_i = tl.where(empty, 1.0, l_i)
+        acc = acc / l_i[:, None]
         lse = tl.where(empty, -float("inf"), m_i * LN2 + tl.log(l_i))
         store_rows(o_ptr, head * D, acc, valid, D, BLOCK_D)
         tl.store(lse_ptr + head, lse, mask=valid)

@@ -54,6 +54,17 @@ class Scene:
         """[N] bool: something lies on the ray, however far."""
         return self.embree.run(_float32(origins), _float32(directions), query="OCCLUDED") >= 0
 
+    def trace(self, camera: Camera, size: int) -> dict[str, NDArray]:
+        """The normal and depth of `render` alone, one ray a pixel."""
+        rays = camera.rays(size)
+        face, distance, _ = self.cast(np.broadcast_to(camera.position, rays.shape), rays)
+        hit = face >= 0
+        normal, depth = np.zeros((size * size, 3), np.float32), np.zeros(size * size, np.float32)
+        facing = _towards_viewer(self.normals[face[hit]], rays[hit])
+        normal[hit] = facing @ (camera.rotation * [[1.0], [-1.0], [-1.0]]).T
+        depth[hit] = distance[hit] * (rays[hit] @ camera.rotation[2])
+        return {"normal": normal.reshape(size, size, 3), "depth": depth.reshape(size, size)}
+
     def render(self, camera: Camera, size: int, samples: int = 2, sky: int = 48) -> dict[str, NDArray]:
         """One picture of size x size pixels.
 
@@ -62,14 +73,6 @@ class Scene:
         towards the viewer, 0 where nothing is hit; depth [H,W] float32 along the camera's axis, 0 where nothing is hit.
         Clay under a key light and a rim light that turn with the camera and a sky of `sky` directions that does not, all with shadows.
         """
-        rays = camera.rays(size)
-        face, distance, _ = self.cast(np.broadcast_to(camera.position, rays.shape), rays)
-        hit = face >= 0
-        normal, depth = np.zeros((size * size, 3), np.float32), np.zeros(size * size, np.float32)
-        facing = _towards_viewer(self.normals[face[hit]], rays[hit])
-        normal[hit] = facing @ (camera.rotation * [[1.0], [-1.0], [-1.0]]).T
-        depth[hit] = distance[hit] * (rays[hit] @ camera.rotation[2])
-
         light, alpha = np.zeros((size * size, 3)), np.zeros(size * size)
         grid = (np.arange(samples) + 0.5) / samples
         for index, shift in enumerate((x, y) for y in grid for x in grid):
@@ -79,9 +82,8 @@ class Scene:
             alpha += seen
         light /= np.maximum(alpha, 1)[:, None]
         return {
+            **self.trace(camera, size),
             "color": _srgb(light).astype(np.float32).reshape(size, size, 3),
-            "normal": normal.reshape(size, size, 3),
-            "depth": depth.reshape(size, size),
             "alpha": (alpha / samples**2).astype(np.float32).reshape(size, size),
         }
 

@@ -39,6 +39,9 @@ def test_ball_depth_normal_and_alpha(ball):
 def test_azimuth_names_the_side_that_is_seen(azimuth, axis):
     np.testing.assert_allclose(Camera(azimuth, 0.0, 2.0).position, 2.0 * np.array(axis), atol=1e-12)
     np.testing.assert_allclose(Camera(azimuth, 90.0, 2.0).position, [0, 0, 2], atol=1e-12)
+    right, down, forward = Camera(azimuth, 30.0, 2.0).rotation
+    np.testing.assert_allclose(right, np.cross([0, 0, 1], np.array(axis)), atol=1e-12)
+    assert down[2] < 0 and forward[2] < 0
 
 
 def test_matrices_say_where_a_point_is_drawn():

@@ -6,7 +6,7 @@ test: .venv/installed
 	$(RUN) -m pytest tests/test_aot.py
 
 demo: .venv/installed
-	$(RUN) examples/demo.py $(if $(MESH),--mesh "$(MESH)")
+	$(RUN) -m examples.demo $(if $(MESH),--mesh "$(MESH)") $(if $(UP),--up $(UP))
 
 bench: .venv/installed
 	$(RUN) -m pytest benchmarks/test_speed.py

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .mc_tables import CORNERS, EDGE_AXIS, EDGES, FACES, CaseTable, case_table
-from .tiles import CELL, Tiles, lattice
+from reference_model.mc_tables import CORNERS, EDGE_AXIS, EDGES, FACES, CaseTable, case_table
+from reference_model.tiles import CELL, Tiles, lattice
 
 _CHUNK = 2048  # tiles handled at once: a halo of 9^3 floats each is 6 MB
 _MARGIN = 1e-3  # least distance of a vertex from a grid point, in edges: vertices of different edges never coincide

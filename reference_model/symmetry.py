@@ -1,0 +1,63 @@
+"""The 48 symmetries of the cube, exact on volumes because voxel centres lie symmetric about 0."""
+
+from dataclasses import replace
+from functools import lru_cache
+from itertools import permutations, product
+
+import torch
+from torch import Tensor
+
+from reference_model.tiles import CELL, lattice
+from reference_model.volume import Volume
+
+
+@lru_cache(maxsize=1)
+def symmetries() -> Tensor:
+    """[48,3,3] int64 signed permutation matrices M, x' = M x: the identity first, rows 0 to 23 rotations, 24 to 47 reflections."""
+    unit = torch.eye(3, dtype=torch.int64)
+    matrices = [unit[list(axes)] * torch.tensor(signs)[:, None] for axes in permutations(range(3)) for signs in product((1, -1), repeat=3)]
+    return torch.stack(sorted(matrices, key=lambda m: -round(torch.det(m.double()).item())))
+
+
+def apply_symmetry(volume: Volume, index: int) -> Volume:
+    """Volume of the shape moved by `symmetries()[index]`, bit for bit the one that direct construction would give.
+
+    meta["symmetry"] names the motion since the source: `scale`, `offset` and `y_up` still belong to the source, and
+    unit @ symmetries()[symmetry] leads back to its frame. ValueError unless 0 <= index < 48.
+    """
+    if not 0 <= index < 48:
+        raise ValueError(f"index must be in [0, 48), got {index=}")
+    matrix = symmetries()[index]
+    axes = matrix.abs().argmax(1).tolist()
+    flipped = [a for a in range(3) if matrix[a].sum() < 0]
+    latents = volume.latents[:, axes]
+    latents[:, flipped] = volume.resolution // CELL - 1 - latents[:, flipped]
+    key = latents.long()
+    order = ((key[:, 0] << 40) + (key[:, 1] << 20) + key[:, 2]).argsort()
+
+    def move(tile: Tensor) -> Tensor:
+        moved = tile.view(-1, CELL, CELL, CELL).permute(0, *(1 + a for a in axes)).flip([1 + a for a in flipped])
+        return moved.reshape(-1, CELL**3)[order]
+
+    def scatter(rows: Tensor) -> Tensor:
+        tile = torch.zeros(volume.inside.shape, dtype=rows.dtype, device=rows.device)
+        tile[volume.latent_index.long(), volume.child_index] = rows
+        return tile
+
+    band = move(scatter(torch.ones_like(volume.sharp)))
+    latent_index, child = band.nonzero().unbind(1)
+    latents = latents[order]
+    return replace(
+        volume,
+        coords=latents[latent_index] * CELL + lattice(CELL, latents.device).int()[child],
+        values=move(scatter(volume.values))[band],
+        sharp=move(scatter(volume.sharp))[band],
+        latents=latents,
+        latent_index=latent_index.int(),
+        inside=move(volume.inside),
+        meta={**volume.meta, "symmetry": str(_find(matrix @ symmetries()[int(volume.meta.get("symmetry", 0))]))},
+    )
+
+
+def _find(matrix: Tensor) -> int:
+    return int((symmetries() == matrix).all(2).all(1).nonzero())

@@ -20,7 +20,7 @@ from benchmarks.voxels import load_mesh, surface_voxels
 from examples.picture import Camera, draw_attention
 
 HIDDEN, NUM_HEADS, NUM_KV_HEADS, TOPK = 128, 4, 2, 8
-MIN_VOXELS = 5000
+MIN_VOXELS, FINEST = 5000, 256
 TOLERANCE = 1e-4  # fp32 on both sides, relative to the largest entry
 
 
@@ -43,11 +43,11 @@ def trefoil(radius: float = 0.45, steps: int = 360, sides: int = 48) -> trimesh.
 
 def voxelise(mesh: trimesh.Trimesh) -> tuple[Tensor, int]:
     """Surface voxels [T,4] on the coarsest grid, in steps of 4, that has at least MIN_VOXELS of them, and its resolution."""
-    for resolution in range(32, 257, 4):
+    for resolution in range(32, FINEST + 1, 4):
         coords = surface_voxels(mesh, resolution)
         if len(coords) >= MIN_VOXELS:
             return coords, resolution
-    raise ValueError(f"the mesh must pass through {MIN_VOXELS} cells of a 256^3 grid, got {len(coords)}")
+    raise ValueError(f"the mesh must pass through {MIN_VOXELS} cells of a {FINEST}^3 grid, got {len(coords)}")
 
 
 def position_code(xyz: Tensor, channels: int) -> Tensor:
@@ -84,6 +84,22 @@ def run(layer: ssa.SpatialSparseAttention, x: Tensor, dy: Tensor, partition: ssa
     return dict(zip(["y", "dx", *weights], [y.detach(), *grads], strict=True)), [forward_s, backward_s]
 
 
+def compare(
+    layer: ssa.SpatialSparseAttention, reference: ssa.SpatialSparseAttention, x: Tensor, partition: ssa.VoxelPartition
+) -> tuple[dict[str, float], list[float], list[float], Tensor]:
+    """Largest difference of y, dx and every weight's gradient, over the largest entry of the reference; both seconds; the choice shared."""
+    dy = torch.randn_like(x)
+    with torch.no_grad():
+        q, _, _, k_cmp, v_cmp = layer.project(x, partition)
+        _, lse = ssa.compression_attention(q, k_cmp, v_cmp, partition, impl=layer.impl)
+        chosen = ssa.block_topk(q, k_cmp, lse, partition, layer.topk, impl=layer.impl)
+    fast, fast_s = run(layer, x, dy, partition, chosen)
+    dense, dense_s = run(reference, x, dy, partition, chosen)
+    scale = {k: dense[k].abs().max() for k in dense}
+    scale["compression_key.conv.bias"] = scale["compression_value.conv.bias"]  # a shift of all keys changes no softmax: its gradient is 0
+    return {k: float((fast[k] - dense[k]).abs().max() / scale[k]) for k in dense}, fast_s, dense_s, chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mesh", type=Path, help="any file trimesh reads; default: a trefoil knot")
@@ -104,17 +120,8 @@ def main() -> None:
     reference.load_state_dict(layer.state_dict())
     partition = layer.partition(coords.to(device))
     x = position_code(partition.coords[:, 1:], HIDDEN)
-    dy = torch.randn_like(x)
 
-    with torch.no_grad():
-        q, _, _, k_cmp, v_cmp = layer.project(x, partition)
-        _, lse = ssa.compression_attention(q, k_cmp, v_cmp, partition)
-        chosen = ssa.block_topk(q, k_cmp, lse, partition, TOPK)
-    fast, fast_s = run(layer, x, dy, partition, chosen)
-    dense, dense_s = run(reference, x, dy, partition, chosen)
-    scale = {k: dense[k].abs().max() for k in dense}
-    scale["compression_key.conv.bias"] = scale["compression_value.conv.bias"]  # a shift of all keys changes no softmax: its gradient is 0
-    error = {k: float((fast[k] - dense[k]).abs().max() / scale[k]) for k in dense}
+    error, fast_s, dense_s, chosen = compare(layer, reference, x, partition)
     report(name, resolution, partition, chosen, device, fast_s, dense_s, error)
 
     draw(args.out, name, layer, x, partition)

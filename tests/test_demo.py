@@ -1,0 +1,87 @@
+"""The README's example and the demo: the pieces of `make demo` on sizes that a test can afford."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+
+import ssa
+from benchmarks.voxels import surface_voxels
+from examples import demo, picture
+
+matplotlib.use("Agg")
+
+
+def test_readme_examples_run():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    scope: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(block, scope)
+    assert scope["y"].shape == scope["x"].shape
+
+
+def test_default_mesh_is_closed_and_every_branch_sees_a_strict_subset():
+    mesh = demo.trefoil()
+    assert mesh.is_watertight and mesh.volume > 0 and mesh.euler_number == 0  # one closed tube, outward faces
+    coords, resolution = demo.voxelise(mesh)
+    assert len(coords) >= demo.MIN_VOXELS and coords[:, 1:].max() < resolution
+    partition = ssa.partition_voxels(coords)
+    assert demo.TOPK < len(partition.selection) / 4
+    assert len(partition.compression) < len(coords) / 4
+    assert torch.diff(partition.window.offsets).max() < len(coords) / 4
+
+
+def test_position_code_tells_voxels_apart():
+    xyz = torch.cartesian_prod(*[torch.arange(12)] * 3)
+    code = demo.position_code(xyz, 128)
+    assert code.shape == (12**3, 128) and not code[:, 126:].any()
+    torch.testing.assert_close(code[:, [0, 21]], torch.stack([xyz[:, 0].sin(), xyz[:, 0].cos()], 1))
+    gaps = torch.cdist(code.double(), code.double()) + 9 * torch.eye(len(code))
+    assert gaps.min() > 0.1
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    coords = surface_voxels(demo.trefoil(), 16)
+    layers = [ssa.SpatialSparseAttention(32, 2, 1, topk=2, impl=impl) for impl in ("torch", "naive")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    partition = layers[0].partition(coords)
+    return layers, demo.position_code(partition.coords[:, 1:], 32), partition
+
+
+def test_comparison_with_the_dense_reference(small):
+    layers, x, partition = small
+    error = demo.compare(layers[0], layers[1], x, partition)[0]
+    assert set(error) == {"y", "dx", *dict(layers[0].named_parameters())}
+    assert max(error.values()) < 1e-5
+
+    with torch.no_grad():
+        layers[1].proj_v.weight[0] *= 1.01
+    error = demo.compare(layers[0], layers[1], x, partition)[0]
+    assert error["y"] > 1e-4, "a wrong weight must show"
+
+
+def test_picture_shows_all_three_branches(small, tmp_path):
+    layers, x, partition = small
+    demo.draw(tmp_path / "demo.png", "a knot", layers[0], x, partition)
+    image = matplotlib.image.imread(tmp_path / "demo.png")[..., :3]
+    assert image.shape == (1350, 2400, 3)
+    for color, panel in ((picture.WEIGHT(0.75)[:3], 0), (picture.CHOSEN, 1), (picture.WINDOW, 2)):
+        hue = np.array(to_rgb(color)) / np.linalg.norm(to_rgb(color))
+        panels = np.split(image[250:1070], 3, axis=1)  # between the subtitle and the captions
+        alike = [(((p @ hue) / np.linalg.norm(p, axis=-1).clip(1e-6)) > 0.99).sum() for p in panels]
+        assert alike[panel] > 300 and alike[panel] == max(alike), f"{color} belongs to panel {panel}, found {alike}"
+
+
+def test_voxelise_refuses_a_mesh_too_small_for_the_grid(monkeypatch):
+    monkeypatch.setattr(demo, "MIN_VOXELS", 10**7)
+    monkeypatch.setattr(demo, "FINEST", 40)
+    with pytest.raises(ValueError, match="must pass through 10000000 cells"):
+        demo.voxelise(demo.trefoil())

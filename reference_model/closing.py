@@ -1,0 +1,49 @@
+"""Caps over the holes of a surface: the level set 1/2 of its winding number where no face is."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reference_model.cli import optional_import
+
+if TYPE_CHECKING:
+    from reference_model.repair import Surface
+
+_OCTANTS = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), -1).reshape(-1, 3)
+_COARSE, _FINE = 64, 512
+_HALF_DIAGONAL = 3**0.5 / 2
+
+
+def cap_holes(surface: "Surface", border: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Triangles over the holes of surface.hull, whose border edges are [E,2]: (vertices [V,3], faces [F,3]).
+
+    Cells of a grid are refined from 64^3 to 512^3 where the winding number is between 0 and 1 away from the faces, or where the border
+    passes; marching cubes draws the level 1/2 in the cells that no face crosses. Caps end within one cell, 2^-8 of the cube, of the rim.
+    """
+    igl = optional_import("igl")
+    rim = igl.AABB()
+    rim.init(surface.hull_vertices, border)
+    side = np.arange(_COARSE)
+    cells = np.stack(np.meshgrid(side, side, side, indexing="ij"), -1).reshape(-1, 3)
+    level = _COARSE
+    while True:
+        centers = (2.0 * cells + 1) / level - 1
+        radius = _HALF_DIAGONAL * 2 / level
+        empty = np.isnan(surface.unsigned(centers, radius))
+        part = np.zeros(len(cells), np.bool_)  # the winding number is a fraction here
+        part[empty] = np.abs(surface.winding(centers[empty]) - 0.5) < 0.3
+        if level == _FINE:
+            cells = cells[part]
+            break
+        on_rim = rim.squared_distance(surface.hull_vertices, border, centers)[0] <= radius**2
+        cells = (cells[part | on_rim][:, None] * 2 + _OCTANTS).reshape(-1, 3)
+        level *= 2
+    if len(cells) == 0:
+        return np.zeros((0, 3)), np.zeros((0, 3), np.int64)
+    corner = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1]])
+    grid = (cells[:, None] + corner).reshape(-1, 3)
+    key, index = np.unique((grid[:, 0] * (_FINE + 1) + grid[:, 1]) * (_FINE + 1) + grid[:, 2], return_inverse=True)
+    points = np.stack((key // (_FINE + 1) ** 2, key // (_FINE + 1) % (_FINE + 1), key % (_FINE + 1)), 1) * (2.0 / _FINE) - 1
+    value = 0.5 - surface.winding(points)
+    vertices, faces, _ = igl.marching_cubes(value, points, index.reshape(-1, 8).astype(np.int64), 0.0)
+    return vertices, faces

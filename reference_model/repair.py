@@ -1,0 +1,247 @@
+"""From the faces of a file to a surface that bounds a solid.
+
+1. Copies of a face are dropped, faces are turned alike across shared edges: patches.
+2. Rays from both sides of a patch say where the outside is (Takayama et al. 2014, "A simple method for correcting facet orientations in
+   polygon meshes based on ray casting"): one side seen → the patch bounds a solid and is turned outwards; both → it is an open sheet;
+   none → it lies within, and keeps the winding of the file if that proved right for the patches that are seen: so cavities stay cavities.
+3. The solid is where the winding number exceeds 1/2 (Jacobson et al. 2013, Barill et al. 2018). Faces with the same on both sides
+   (overlapping parts, things inside) bound nothing and are dropped; holes are closed by the level set 1/2 (`closing.py`).
+4. Sheets become solids of a stated thickness, joined with the rest.
+
+A closed mesh whose faces all bound passes unchanged and gets the exact sign by pseudonormals (Bærentzen and Aanæs 2005).
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from reference_model.cli import optional_import
+from reference_model.closing import cap_holes
+from reference_model.meshes import MeshError
+
+SEEN = 0.1  # share of free rays on both sides that makes a sheet
+_HIDDEN = 0.005  # below this on both sides a patch is not seen
+_EPS = 2e-5  # distance of a test point from its face
+_RAYS = 32
+_SAMPLES = 20_000
+_SPLIT = 1 / 256  # faces that bound only in part are split to this length
+_CENTER = [(1 / 3, 1 / 3, 1 / 3)]
+_CORNERS = [(0.9, 0.05, 0.05), (0.05, 0.9, 0.05), (0.05, 0.05, 0.9)]
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """What bounds a solid in the unit cube; `signed` is its signed distance."""
+
+    vertices: np.ndarray  # [V,3] float64
+    faces: np.ndarray  # [F,3] int64, the boundary that distances are measured to
+    hull_vertices: np.ndarray  # [H,3] float64
+    hull: np.ndarray  # [G,3] int64, the oriented faces whose winding number tells inside from outside
+    sheets: np.ndarray  # [S,3] int64 into hull_vertices: open sheets, made `thickness` thick
+    thickness: float
+    exact: bool  # pseudonormals of `faces` give the sign
+    report: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def _winding(self) -> Any:
+        bvh = optional_import("igl").FastWindingNumberBVH()
+        bvh.init(self.hull_vertices, self.hull)
+        return bvh
+
+    def unsigned(self, points: np.ndarray, bound: float) -> np.ndarray:
+        """Distance [n] float64 from points [n,3] to `faces`; NaN beyond `bound`."""
+        return _distance(points, self.vertices, self.faces, bound)
+
+    def near(self, points: np.ndarray, bound: float) -> np.ndarray:
+        """[n] bool: the solid's boundary may lie within `bound` of these points."""
+        near = ~np.isnan(self.unsigned(points, bound))
+        return near | ~np.isnan(self.sheet_distance(points, bound)) if len(self.sheets) else near
+
+    def signed(self, points: np.ndarray, bound: float) -> np.ndarray:
+        """Signed distance [n] float64 of an exact surface, negative inside; NaN where it exceeds `bound` in magnitude."""
+        igl = optional_import("igl")
+        return igl.signed_distance(points, self.vertices, self.faces, igl.SIGNED_DISTANCE_TYPE_PSEUDONORMAL, -bound, bound)[0]
+
+    def winding(self, points: np.ndarray) -> np.ndarray:
+        """Winding number [n] float64 of the hull at points [n,3]."""
+        return self._winding.winding_number(np.ascontiguousarray(points)) if len(self.hull) else np.zeros(len(points))
+
+    def sheet_distance(self, points: np.ndarray, bound: float) -> np.ndarray:
+        """Signed distance [n] float64 of the thickened sheets; NaN beyond `bound`."""
+        return _distance(points, self.hull_vertices, self.sheets, bound + self.thickness / 2) - self.thickness / 2
+
+
+def resolve_surface(vertices: np.ndarray, faces: np.ndarray, thickness: float) -> Surface:
+    """Surface of a mesh in the unit cube: vertices [V,3] float64, faces [F,3] int64; `thickness` of open sheets.
+
+    The report says `closed` (the input bounds a solid as it is) and counts what was turned, hidden, capped and thickened.
+    """
+    igl = optional_import("igl")
+    _, first = np.unique(np.sort(faces, 1), axis=0, return_index=True)
+    copies = len(faces) - len(first)
+    faces = faces[np.sort(first)]
+    area = _areas(vertices, faces)
+    if not area.sum() > 1e-9:
+        raise MeshError(f"no area: {area.sum():.1e} in the unit cube")
+    turned, patch = igl.bfs_orient(np.ascontiguousarray(faces))
+    turned = _as_filed(turned, faces, patch, area)
+    front, back = _openness(vertices, turned, patch, area)
+    border = _border_patches(turned, patch)
+    sheet = (np.minimum(front, back) > SEEN) & border
+    hidden = np.maximum(front, back) < _HIDDEN
+    flip = (back > front) & ~sheet & ~hidden
+    patch_area = np.bincount(patch, area, len(front))
+    seen = ~sheet & ~hidden
+    flipped = patch_area[flip].sum() / max(patch_area[seen].sum(), 1e-300)
+    dropped = np.zeros_like(hidden)
+    if 0.1 < flipped < 0.9:  # the file's winding means nothing: nothing hidden can be a cavity
+        dropped = hidden
+    elif flipped >= 0.9:
+        flip |= hidden
+    turned[flip[patch]] = turned[flip[patch]][:, [1, 0, 2]]
+    hull = np.ascontiguousarray(turned[~sheet[patch] & ~dropped[patch]])
+    sheets = np.ascontiguousarray(turned[sheet[patch]])
+    report = {
+        "copies": str(copies), "patches": str(len(front)), "turned": str(int(flip.sum())), "sheets": str(int(sheet.sum())),
+        "dropped": str(int(dropped.sum())), "sheet_thickness": f"{thickness if len(sheets) else 0:.6g}",
+    }  # fmt: skip
+    border_edges = unbalanced_edges(hull)
+    winding = Surface(vertices, hull, vertices, hull, sheets, thickness, False)
+    bound_vertices, bound_faces, whole = _bounding_faces(winding)
+    closed = whole and len(border_edges) == 0 and len(sheets) == 0
+    report |= {"closed": str(closed).lower(), "border_edges": str(len(border_edges)), "bounding_faces": str(len(bound_faces))}
+    if closed and _areas(vertices, hull).min() > 1e-16:
+        return Surface(vertices, hull, vertices, hull, sheets, thickness, True, report | {"caps": "0"})
+    caps = 0
+    if len(border_edges) and len(hull):
+        cap_vertices, cap_faces = cap_holes(winding, border_edges)
+        bound_faces = np.concatenate((bound_faces, cap_faces + len(bound_vertices)))
+        bound_vertices = np.concatenate((bound_vertices, cap_vertices))
+        caps = len(cap_faces)
+    if len(bound_faces) + len(sheets) == 0:
+        raise MeshError("the faces bound no solid")
+    return Surface(bound_vertices, bound_faces, vertices, hull, sheets, thickness, False, report | {"caps": str(caps)})
+
+
+def unbalanced_edges(faces: np.ndarray) -> np.ndarray:
+    """Edges [E,2] int64 that oriented faces [F,3] run along more often one way than the other: empty for a closed surface."""
+    if len(faces) == 0:
+        return np.zeros((0, 2), np.int64)
+    directed = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
+    edges, inverse = np.unique(np.sort(directed, 1), axis=0, return_inverse=True)
+    balance = np.bincount(inverse.reshape(-1), np.where(directed[:, 0] < directed[:, 1], 1, -1), len(edges))
+    return edges[balance != 0]
+
+
+def _distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound: float) -> np.ndarray:
+    if len(faces) == 0:
+        return np.full(len(points), np.nan)
+    igl = optional_import("igl")
+    return igl.signed_distance(points, vertices, faces, igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0, bound)[0]
+
+
+def _areas(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    a, b, c = (vertices[faces[:, i]] for i in range(3))
+    return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
+
+
+def _normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    a, b, c = (vertices[faces[:, i]] for i in range(3))
+    normal = np.cross(b - a, c - a)
+    return normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-300)
+
+
+def _as_filed(turned: np.ndarray, faces: np.ndarray, patch: np.ndarray, area: np.ndarray) -> np.ndarray:
+    """Turn each patch the way most of its area was wound in the file."""
+    ring = np.take_along_axis(turned, (np.argmax(turned == faces[:, :1], 1)[:, None] + np.arange(3)) % 3, 1)
+    against = np.bincount(patch, np.where((ring == faces).all(1), -area, area)) > 0
+    return np.where(against[patch][:, None], turned[:, [1, 0, 2]], turned)
+
+
+def _border_patches(faces: np.ndarray, patch: np.ndarray) -> np.ndarray:
+    """[P] bool: patches with an edge of their own that only one of their faces has."""
+    edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), 1)
+    keys = np.concatenate((np.repeat(patch, 3)[:, None], edges), 1)
+    unique, counts = np.unique(keys, axis=0, return_counts=True)
+    return np.bincount(unique[counts == 1, 0], minlength=int(patch.max()) + 1) > 0
+
+
+def _openness(vertices: np.ndarray, faces: np.ndarray, patch: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of rays that leave each patch freely from its front and from its back: two [P] float64."""
+    rng = np.random.default_rng(0)
+    count = int(patch.max()) + 1
+    patch_area = np.bincount(patch, area, count)
+    samples = np.clip(_SAMPLES * patch_area / area.sum(), 4, 512).astype(np.int64)
+    order = np.argsort(patch, kind="stable")
+    reach = np.cumsum(area[order])
+    start = np.concatenate(([0.0], np.cumsum(patch_area)))
+    owner = np.repeat(np.arange(count), samples)
+    place = start[owner] + rng.random(len(owner)) * patch_area[owner]
+    face = order[np.minimum(np.searchsorted(reach, place), len(order) - 1)]
+    weights = rng.dirichlet((1.0, 1.0, 1.0), len(face))
+    points = np.einsum("nk,nkd->nd", weights, vertices[faces[face]])
+    normal = _normals(vertices, faces)[face]
+    scene = optional_import("embreex.rtcore_scene").EmbreeScene()
+    optional_import("embreex.mesh_construction").TriangleMesh(scene, vertices.astype(np.float32), faces.astype(np.int32))
+    shares = []
+    for side in (1.0, -1.0):
+        out = side * normal
+        free = np.zeros(len(face))
+        for _ in range(_RAYS):
+            ray = rng.normal(size=out.shape)
+            ray /= np.linalg.norm(ray, axis=1, keepdims=True)
+            ray += out * 1.001  # cosine-weighted about the normal
+            ray /= np.linalg.norm(ray, axis=1, keepdims=True)
+            origin = (points + _EPS * out).astype(np.float32)
+            free += scene.run(origin, ray.astype(np.float32), query="OCCLUDED") < 0
+        shares.append(np.bincount(owner, free, count) / (_RAYS * np.bincount(owner, minlength=count)))
+    return shares[0], shares[1]
+
+
+def _bounding_faces(surface: Surface) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Faces of the hull with the solid on one side only, split where that holds in part: (vertices, faces, all faces bound)."""
+    vertices, faces = surface.hull_vertices, surface.hull
+    if len(faces) == 0:
+        return vertices, faces, False
+    keep = _bounds(surface, vertices, faces, _CENTER)[:, 0]
+    area = _areas(vertices, faces)
+    if area[~keep].sum() < 1e-5 * area.sum():
+        return vertices, faces, True
+    mixed = np.zeros(len(vertices), np.int8)  # bit 0: a corner of a face that bounds, bit 1: of one that does not
+    mixed[faces[keep]] |= 1
+    mixed[faces[~keep]] |= 2
+    unsure = (mixed[faces] == 3).any(1) | (_longest(vertices, faces) > 8 * _SPLIT)
+    done = [faces[keep & ~unsure]]
+    faces = faces[unsure]
+    while len(faces):
+        bounds = _bounds(surface, vertices, faces, _CENTER + _CORNERS)
+        split = (bounds.any(1) & ~bounds.all(1)) & (_longest(vertices, faces) > _SPLIT)
+        done.append(faces[~split & bounds[:, 0]])
+        vertices, faces = _split(vertices, faces[split])
+    return vertices, np.concatenate(done), False
+
+
+def _longest(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    corners = vertices[faces]
+    return np.linalg.norm(corners - np.roll(corners, 1, 1), axis=2).max(1)
+
+
+def _bounds(surface: Surface, vertices: np.ndarray, faces: np.ndarray, weights: list[tuple[float, float, float]]) -> np.ndarray:
+    """[F,W] bool: at the points of each face with these barycentric weights the solid is behind it and not before it.
+
+    The winding number jumps by one across a face, so its value before the face tells both.
+    """
+    points = np.einsum("wk,fkd->fwd", np.array(weights), vertices[faces]) + _EPS * _normals(vertices, faces)[:, None]
+    return (np.abs(surface.winding(points.reshape(-1, 3))) < 0.5).reshape(len(faces), -1)
+
+
+def _split(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each face into four at the middles of its edges."""
+    middles = (vertices[faces] + vertices[np.roll(faces, -1, 1)]) / 2
+    n = len(vertices) + np.arange(len(faces) * 3).reshape(-1, 3)
+    ab, bc, ca = n.T
+    a, b, c = faces.T
+    four = np.stack((np.stack((a, ab, ca), 1), np.stack((b, bc, ab), 1), np.stack((c, ca, bc), 1), np.stack((ab, bc, ca), 1)), 1)
+    return np.concatenate((vertices, middles.reshape(-1, 3))), four.reshape(-1, 3)

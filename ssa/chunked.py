@@ -119,31 +119,32 @@ def add_position(x: Tensor, table: Tensor, slots: Tensor) -> Tensor:
 
 def submanifold_conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors: Tensor) -> Tensor:
     """y[i] = Σ_δ x[neighbors[i, δ]] W[δ] + b, one tap at a time: memory of one [T, in] gather, never [T, 27, in]."""
-    y = _SubmanifoldConv3d.apply(x, kernel, neighbors)
-    return y if bias is None else (y + bias.to(y.dtype))
+    return _SubmanifoldConv3d.apply(x, kernel, bias, neighbors)
 
 
 class _SubmanifoldConv3d(torch.autograd.Function):
     """Saves x, not what was gathered from it; the table is symmetric, so dx gathers too: no scatter, repeatable."""
 
     @staticmethod
-    def forward(ctx, x, kernel, neighbors):
+    def forward(ctx, x, kernel, bias, neighbors):
         ctx.save_for_backward(x, kernel, neighbors)
-        return _sum_over_taps(x, kernel.to(x.dtype), neighbors)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _sum_over_taps(x, kernel.to(x.dtype), bias, neighbors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, kernel, neighbors = ctx.saved_tensors
-        dx = _sum_over_taps(dy, kernel.to(x.dtype).flip(0).transpose(1, 2), neighbors)
+        dx = _sum_over_taps(dy, kernel.to(x.dtype).flip(0).transpose(1, 2), None, neighbors)
         dyf = dy.to(torch.promote_types(dy.dtype, torch.float32))
         dkernel = torch.stack([_neighbor_rows(x, neighbors, tap).to(dyf.dtype).T @ dyf for tap in range(27)])
-        return dx, dkernel.to(kernel.dtype), None
+        dbias = None if ctx.bias_dtype is None else dyf.sum(0).to(ctx.bias_dtype)
+        return dx, dkernel.to(kernel.dtype), dbias, None
 
 
-def _sum_over_taps(x: Tensor, kernel: Tensor, neighbors: Tensor) -> Tensor:
+def _sum_over_taps(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors: Tensor) -> Tensor:
     acc = torch.promote_types(x.dtype, torch.float32)
-    y = torch.zeros(x.shape[0], kernel.shape[2], dtype=acc, device=x.device)
+    y = torch.zeros(x.shape[0], kernel.shape[2], dtype=acc, device=x.device) + (0 if bias is None else bias.to(acc))
     with torch.autocast(x.device.type, enabled=False):  # sums stay fp32
         for tap in range(27):
             y = torch.addmm(y, _neighbor_rows(x, neighbors, tap).to(acc), kernel[tap].to(acc))

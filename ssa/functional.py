@@ -373,8 +373,10 @@ def submanifold_conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
     impl = _choose(impl, x)
-    if impl != "triton":
-        return _PLAIN[impl].submanifold_conv3d(x, kernel.to(x.dtype), None if bias is None else bias.to(x.dtype), neighbors)
+    if impl == "naive":
+        return naive.submanifold_conv3d(x, kernel.to(x.dtype), None if bias is None else bias.to(x.dtype), neighbors)
+    if impl == "torch":
+        return chunked.submanifold_conv3d(x, kernel, bias, neighbors)
     from .autograd.submanifold_conv3d import submanifold_conv3d as op
 
     return op(x, kernel, bias, neighbors)

@@ -41,7 +41,7 @@ def run(path: Path, env: dict[str, str], device: torch.device, options: argparse
 
 def run_size(num_tokens: int, results: ResultFile, device: torch.device, dtype: torch.dtype, budget: float) -> None:
     """The rows of one T that `results` lacks; a branch that fails is recorded and the others go on."""
-    resolution = round((num_tokens / 8) ** 0.5)
+    resolution = max(16, round((num_tokens / 8) ** 0.5))
     cases = {name: Case(name, num_tokens, HEAD_DIM, BLOCKS, "gyroid", resolution) for name in PASSES}
     missing = [(name, pass_) for name, case in cases.items() for pass_ in PASSES[name] if (case, pass_) not in results]
     if not missing:

@@ -18,7 +18,7 @@ from .cases import GYROID_COUNTS, Case, Inputs, make_inputs
 from .voxels import gyroid
 
 QUERIES, CHUNK = 64, 8
-GRADIENT_TOKENS, GRADIENT_RESOLUTION = 600, 24
+GRADIENT_TOKENS, GRADIENT_RESOLUTION = 480, 32  # 56 selection blocks, so that every topk leaves some out
 SCORE_MARGIN = 1e-5  # times G: what a chosen block may lie below one left out
 NEAR_TIES = 1e-3  # share of rows that may differ where two evaluations of the scores broke a tie differently
 
@@ -102,7 +102,7 @@ def check_choice(inputs: Inputs, rows: Tensor, topk_indices: Tensor) -> None:
 def block_scores(inputs: Inputs, rows: Tensor) -> Tensor:
     """Scores [n, Hkv, S] of every selection block in fp64: p of the compression attention summed over heads and children."""
     partition = inputs.partition
-    p = _softmax(inputs.q[rows].double(), inputs.k_cmp.double(), _same_sample(partition, rows)[:, None])
+    p = _softmax(inputs.q[rows].detach().double(), inputs.k_cmp.detach().double(), _same_sample(partition, rows)[:, None])
     n, S = rows.shape[0], len(partition.selection)
     scores = p.new_zeros(n, p.shape[1], S).index_add_(2, partition.parents.long(), p.sum(2))
     other = partition.selection.coords[:, 0] != partition.coords[rows, 0, None]

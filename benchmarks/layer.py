@@ -180,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"T = {options.T:,}, hidden {HIDDEN}, {NUM_HEADS}/{NUM_KV_HEADS} heads")
 
     kept: list[bool] = []
+
     def check(name: str, value: float, unit: str, bound: float | None) -> None:
         kept.append(report(name, value, unit, bound if device.type == "cuda" else None))
 

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from .cases import Inputs, count_pairs, make_inputs
 from .gate import check_forward
@@ -22,29 +23,32 @@ ALLOWED = 1.5  # cost over the random case's
 NAMES = ("random", "one hot block", "unequal samples", "dense blocks", "lone voxels")
 
 
-def make_case(name: str, num_tokens: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Inputs of at most `num_tokens` voxels.
+def make_coords(name: str, num_tokens: int) -> Tensor:
+    """Voxels of a case, at most `num_tokens`, [T, 4].
 
-    random: the gyroid. one hot block: the gyroid, with one block that every query chooses. unequal samples: 1,000 n voxels beside a
-    hundred samples of n, n = num_tokens // 1,310 (100 at 131,072). dense blocks: a box without gaps, 512 voxels a selection block.
-    lone voxels: one voxel a block, so C = T, at an eighth of num_tokens.
+    random: the gyroid. one hot block: the same (see `heat_block`). unequal samples: 1,000 n voxels beside a hundred samples of n,
+    n = num_tokens // 1,310 (100 at 131,072). dense blocks: a box without gaps, 512 voxels a selection block. lone voxels: one voxel a
+    block, so C = T, at an eighth of num_tokens.
     """
     m = BLOCKS[1]
     if name in ("random", "one hot block"):
-        coords = gyroid(num_tokens)
-    elif name == "unequal samples":
+        return gyroid(num_tokens)
+    if name == "unequal samples":
         small = num_tokens // 1310
-        coords = stack_samples([gyroid(1000 * small), *[gyroid(small, 16)] * 100])
-    elif name == "dense blocks":
+        return stack_samples([gyroid(1000 * small), *[gyroid(small, 16)] * 100])
+    if name == "dense blocks":
         edge = m
         while (edge + m) ** 3 <= 2 * num_tokens:
             edge += m
-        coords = solid_box(edge, edge, num_tokens // edge**2 // m * m)
-    elif name == "lone voxels":
-        coords = scattered(num_tokens // 8, m)
-    else:
-        raise ValueError(f"the case must be one of {NAMES}: {name=}")
-    inputs = make_inputs(coords, HEAD_DIM, BLOCKS, device=device, dtype=dtype)
+        return solid_box(edge, edge, num_tokens // edge**2 // m * m)
+    if name == "lone voxels":
+        return scattered(num_tokens // 8, m)
+    raise ValueError(f"the case must be one of {NAMES}: {name=}")
+
+
+def make_case(name: str, num_tokens: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Inputs of a case over `make_coords`."""
+    inputs = make_inputs(make_coords(name, num_tokens), HEAD_DIM, BLOCKS, device=device, dtype=dtype)
     return heat_block(inputs) if name == "one hot block" else inputs
 
 

@@ -34,8 +34,11 @@ def path_beside(path: Path) -> Path:
 
 def run(path: Path, env: dict[str, str], device: torch.device, options: argparse.Namespace) -> None:
     """Time every branch, forward and backward, at each T up to the largest asked for; rows go to `path_beside(path)`."""
+    tokens = [T for T in TOKENS if T <= max(options.T)]
+    if not tokens:
+        return
     results = ResultFile(path_beside(path), env, {}, resume=options.resume)
-    for T in (T for T in TOKENS if T <= max(options.T)):
+    for T in tokens:
         run_size(T, results, device, options.dtype, options.budget)
 
 

@@ -112,8 +112,8 @@ def block_scores(inputs: Inputs, rows: Tensor) -> Tensor:
 def reference(inputs: Inputs, rows: Tensor, topk_indices: Tensor, dtype: torch.dtype) -> Tensor:
     """o [n, Hq, D] of the queries `rows` in `dtype`: three softmaxes over explicit masks, gated and summed."""
     partition, m = inputs.partition, inputs.partition.window.size
-    q, k, v, k_cmp, v_cmp, gates = (x.detach().to(dtype) for x in inputs.leaves)
-    q, gates = q[rows], gates[rows]
+    q, gates = (x.detach()[rows].to(dtype) for x in (inputs.q, inputs.gates))
+    k, v, k_cmp, v_cmp = (x.detach().to(dtype) for x in (inputs.k, inputs.v, inputs.k_cmp, inputs.v_cmp))
     windows = torch.cat([partition.coords[:, :1], (partition.coords[:, 1:] + partition.window_shift).div(m, rounding_mode="floor")], 1)
     same_window = (windows == windows[rows][:, None]).all(2)
     fill = partition.selection.offsets.diff().long()

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+from .cases import CHIPS, Chip, Pairs, binding, limit_seconds, ssa_work
 from .rows import Row, read
 
 # The four operators of the released Direct3D-S2 code, summed, and FlashAttention-2 beside them: (forward, backward) in ms, bf16, 32 query
@@ -97,6 +98,8 @@ def markdown(rows: list[Row], growth: list[Row], notes: dict, name: str) -> str:
                 if group:
                     parts.append(f"## {voxels}, D = {D}, m_cmp/m_slc/topk = {blocks}")
                     parts.append(table(group, rows, notes["failures"], released=voxels == "gyroid"))
+    if env["gpu"] in CHIPS and own:
+        parts += ["## What the model of `cases.py` allows, ms and what binds", limits_table(own, CHIPS[env["gpu"]])]
     if growth:
         parts += ["## Growth", growth_table(growth)]
     if notes["failures"]:
@@ -129,6 +132,25 @@ def table(group: list[Row], rows: list[Row], failures: list[dict[str, str]], *, 
         cells.append(" / ".join("–" if x is None else f"{x:.0%}" for x in (_number(passes.get(p), "limit_share") for p in ("fwd", "bwd"))))
         cells.append(_cell([_number(passes.get(p), "peak_gb") for p in ("fwd", "both")]))
         lines.append(cells)
+    return _table(head, lines)
+
+
+def limits_table(own: list[Row], chip: Chip) -> str:
+    """Per branch, the time of the resource that binds it, at the largest T of the gyroid up to 131,072; the score as a second exp pass."""
+    rows = [row for row in own if row["voxels"] == "gyroid" and int(row["T"]) <= 131_072 and row["pass"] != "both"]
+    largest = [row for row in rows if int(row["T"]) == max(int(r["T"]) for r in rows)]
+    lines = []
+    for row in largest:
+        pairs = Pairs(*(int(row[f"pairs_{branch}"]) for branch in ("cmp", "slc", "win")))
+        sizes = dict(num_tokens=int(row["T"]), head_dim=int(row["head_dim"]), topk=int(row["topk"]))
+        work = ssa_work(row["pass"], pairs, **sizes, exp_passes=2)
+        cells = {name: f"{max(w.seconds(chip).values()) * 1e3:.2f} {binding(w, chip)}" for name, w in work.items()}
+        total = limit_seconds(work, chip) * 1e3
+        one_pass = total - (max(work["score"].seconds(chip).values()) * 1e3 if "score" in work else 0)
+        lines.append([f"{int(row['T']):,}", row["head_dim"], _blocks(row), row["pass"]])
+        lines[-1] += [cells.get(name, "–") for name in ("cmp", "score", "slc", "win", "gates")]
+        lines[-1] += [f"{one_pass:.1f}", f"{total:.1f}", _cell([_number(row, "ms")])]
+    head = ["T", "D", "m_cmp/m_slc/topk", "pass", "compression", "score", "selection", "window", "gates", "sum, one exp pass", "sum", "ms"]
     return _table(head, lines)
 
 

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             left.append(case)
         elif passes:
             run_case(case, passes, results, device, options)
-    if options.branches and not left:
+    if options.branches and "ssa" in options.impl and not left:
         branches.run(path, env, device, options)
     report.write(path)
     if left:
@@ -132,9 +132,8 @@ def prepare_dense(case: Case, device: torch.device, options: argparse.Namespace)
     shape = (1, T, H, D) if tokens_first else (1, H, T, D)
     q, k, v, do = (torch.randn(shape, generator=generator, device=device, dtype=options.dtype) for _ in range(4))
     leaves = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
-    with torch.no_grad():
-        heads_first = [x[0].transpose(0, 1) if tokens_first else x[0] for x in (*leaves, attention(*leaves))]
-        check_dense(heads_first[:3], heads_first[3])
+    heads_first = [x.detach()[0].transpose(0, 1) if tokens_first else x.detach()[0] for x in (*leaves, attention(*leaves))]
+    check_dense(heads_first[:3], heads_first[3])
     return {}, three_calls(lambda: attention(*leaves), leaves, do), None
 
 

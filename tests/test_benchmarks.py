@@ -309,13 +309,15 @@ def test_peers_say_what_they_are():
 def test_report_shows_the_ratio_to_fa2_and_the_released_figures(tmp_path):
     results = result_file(tmp_path / "a.csv")
     case = cases.Case("ssa", 131_072, 32, (4, 8, 8), "gyroid", 128)
+    counts = {"C": 7488, "S": 1836, "pairs_cmp": 131_072 * 32 * 7488, "pairs_slc": 4_600_000_000, "pairs_win": 300_000_000}
     for pass_, ms, fa2 in (("fwd", 25.0, 300.0), ("bwd", 40.0, 800.0)):
         results.add(replace(PEER, num_tokens=131_072), pass_, {"ms": fa2, "ms_p20": fa2, "ms_p80": fa2})
-        own = results.add(case, pass_, {"ms": ms, "ms_p20": ms, "ms_p80": ms, "C": 7488, "S": 1836, "limit_share": 0.41})
+        own = results.add(case, pass_, {"ms": ms, "ms_p20": ms, "ms_p80": ms, "limit_share": 0.41} | counts)
         assert report.line(own, results.rows).endswith(f"{fa2 / ms:.2f}x FA2")
     report.write(results.path)
     text = results.path.with_suffix(".md").read_text()
     assert "| 131,072 | 7488 | 1836 | 25.0 / 40.0 | 300 / 800 | – | – | 12.0 / 20.0 | 80.8 / 90.5 | 3.79 / 8.75 | – | 41% / 41% |" in text
+    assert "| 131,072 | 32 | 4/8/8 | fwd | 8.35 exp | 8.35 exp | 1.52 bytes | 0.14 bytes | 0.25 bytes | 10.3 | 18.6 | 25.0 |" in text
     assert "fa2 = a peer" in text and "NVIDIA H200" in text and "commit aaaa" in text
 
 

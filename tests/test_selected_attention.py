@@ -1,0 +1,207 @@
+"""Selected attention against naive in fp64: outputs, lse and every gradient, for lists of any kind."""
+
+import pytest
+import torch
+from utils import (
+    DEVICE,
+    DTYPES,
+    GROUPS,
+    HEAD_DIMS,
+    IMPL,
+    assert_repeats,
+    compare,
+    draw_qkv,
+    nan_in_fresh_memory,
+    random_choice,
+    random_partition,
+    run,
+)
+
+import ssa
+from ssa import naive
+
+
+def problem(partition, ids, hq=4, d=32, dtype=torch.float32, seed=0):
+    q, k, v, _, _ = draw_qkv(partition, hq, ids.shape[1], d, dtype, seed)
+    return (
+        lambda q, k, v: ssa.selected_attention(q, k, v, ids, partition, impl=IMPL),
+        lambda q, k, v: naive.selected_attention(q, k, v, ids, partition),
+        [q, k, v],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims(head_dim, dtype):
+    partition = random_partition([40, 23])
+    compare(*problem(partition, random_choice(partition, 2, 3), d=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_groups(group, dtype):
+    partition = random_partition([11, 6], edge=5)
+    compare(*problem(partition, random_choice(partition, 2, 2), hq=2 * group, dtype=dtype))
+
+
+LAYOUTS = {
+    "unequal samples, one of them empty": dict(counts=[90, 0, 1, 20]),
+    "63 tokens": dict(counts=[63]),
+    "111 tokens, equal block sizes": dict(counts=[111], m_cmp=4),
+    "one token": dict(counts=[1]),
+    "full blocks of 64 tokens": dict(counts=[125], edge=5),
+    "blocks of one token": dict(counts=[30], m_cmp=1, m_slc=1, edge=4),
+    "no token": dict(counts=[0]),
+    "no sample": dict(counts=[]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, dtype):
+    """Lists of 0 to 5 blocks; a sample may have fewer than 5."""
+    partition = random_partition(**LAYOUTS[layout])
+    compare(*problem(partition, random_choice(partition, 2, 5), dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_block_that_every_query_chooses(dtype):
+    partition = random_partition([140])
+    ids = torch.full((140, 1, 2), -1, dtype=torch.int32, device=DEVICE)
+    ids[..., 0] = 3
+    compare(*problem(partition, ids, hq=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_block_gives_full_attention(dtype):
+    """topk of all blocks is attention over the sample, whatever the blocks."""
+    partition = random_partition([70])
+    ids = torch.arange(len(partition.selection), device=DEVICE, dtype=torch.int32).expand(70, 2, -1).contiguous()
+    fn, _, inputs = problem(partition, ids, dtype=dtype)
+    compare(fn, lambda q, k, v: naive.attention(q, k, v, torch.ones(70, 70, dtype=torch.bool, device=DEVICE)), inputs)
+
+
+def test_empty_list():
+    """All −1: o = 0, lse = −inf, zero gradients."""
+    partition = random_partition([30])
+    ids = torch.full((30, 2, 3), -1, dtype=torch.int32, device=DEVICE)
+    fn, _, inputs = problem(partition, ids)
+    with nan_in_fresh_memory():
+        (o, lse), grads = run(fn, inputs)
+    assert (o == 0).all() and (lse == -torch.inf).all() and all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_keys_give_the_mean_of_v(dtype):
+    partition = random_partition([60])
+    ids = random_choice(partition, 1, 2)
+    fn, _, (q, k, v) = problem(partition, ids, hq=2, dtype=dtype)
+    o, lse = fn(q, k[:1].expand_as(k).contiguous(), v)
+    offsets = partition.selection.offsets.tolist()
+    for t, blocks in enumerate(ids[:, 0].tolist()):
+        rows = [r for b in blocks if b >= 0 for r in range(offsets[b], offsets[b + 1])]
+        if rows:
+            mean = v[rows, 0].double().mean(0)
+            assert (o[t].double() - mean).abs().max() <= 2 * torch.finfo(dtype).eps * max(1.0, v[rows].abs().max().item())
+        else:
+            assert (o[t] == 0).all() and (lse[t] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_beyond_the_range_of_exp(dtype):
+    partition = random_partition([50])
+    fn, reference, (q, k, v) = problem(partition, random_choice(partition, 2, 4), dtype=dtype)
+    q, k = 6 * q, 6 * k
+    outputs, grads = run(fn, [q, k, v])
+    assert outputs[1].max() > 100 and all(x.isfinite().all() for x in [outputs[0], *grads])
+    compare(fn, reference, [q, k, v])
+
+
+def test_gradient_of_o_alone_and_of_lse_alone():
+    partition = random_partition([40])
+    fn, reference, inputs = problem(partition, random_choice(partition, 2, 3))
+    for i in (0, 1):
+        compare(lambda *xs, i=i: fn(*xs)[i], lambda *xs, i=i: reference(*xs)[i], inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_repeat_bitwise(dtype):
+    partition = random_partition([100])
+    fn, _, inputs = problem(partition, random_choice(partition, 2, 4), dtype=dtype)
+    assert_repeats(fn, inputs)
+
+
+if IMPL == "triton":
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("chunk", [1, 7, 64])
+    def test_chunks_of_queries_do_not_show(chunk, dtype, monkeypatch):
+        """Scratch for few queries at a time: chunk borders inside and at the end, and key gradients split over chunks."""
+        from ssa.autograd import selected_attention as boundary
+
+        tokens = 9 if chunk == 1 else 64
+        partition = random_partition([tokens], edge=6)
+        monkeypatch.setattr(boundary, "chunk_queries", lambda *_: chunk)
+        compare(*problem(partition, random_choice(partition, 2, 2), dtype=dtype))
+
+    def test_inverse_map():
+        """Every (query, kv head, slot) lies in the bucket of its chunk, head and block, in order; −1 ones come last."""
+        from ssa.kernels.selected_attention import invert
+
+        partition = random_partition([50, 13])
+        ids = random_choice(partition, 2, 3)
+        num_blocks, chunk = len(partition.selection), 20
+        csr_offsets, csr_indices = invert(ids, num_blocks, chunk)
+        assert csr_offsets.dtype == csr_indices.dtype == torch.int32
+        assert csr_offsets.shape == (4 * 2 * num_blocks + 1,) and csr_indices.sort().values.equal(
+            torch.arange(ids.numel(), device=DEVICE, dtype=torch.int32)
+        )
+        want = [[] for _ in range(4 * 2 * num_blocks)]
+        for t, of_heads in enumerate(ids.tolist()):
+            for h, blocks in enumerate(of_heads):
+                for slot, block in enumerate(blocks):
+                    if block >= 0:
+                        want[(t // chunk * 2 + h) * num_blocks + block].append((t * 2 + h) * 3 + slot)
+        got = [csr_indices[a:b].tolist() for a, b in zip(csr_offsets.tolist(), csr_offsets.tolist()[1:], strict=False)]
+        assert got == want
+
+    def test_opcheck():
+        from ssa.autograd.selected_attention import selected_attention
+
+        partition = random_partition([30])
+        ids = random_choice(partition, 2, 2)
+        _, _, inputs = problem(partition, ids)
+        leaves = [x.requires_grad_() for x in inputs]
+        torch.library.opcheck(selected_attention, (*leaves, ids, partition.selection.offsets, 0.2))
+
+    def test_second_order_gradient_raises():
+        partition = random_partition([5])
+        fn, _, inputs = problem(partition, random_choice(partition, 2, 1))
+        leaves = [x.requires_grad_() for x in inputs]
+        (dq,) = torch.autograd.grad(fn(*leaves)[0].sum(), leaves[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="second-order gradients are not supported"):
+            torch.autograd.grad(dq.sum(), leaves)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_stay_in_their_row_or_sample(value, name):
+    """In q: its own row alone. In k or v: every row that sees it, never another sample. Gradients likewise."""
+    partition = random_partition([30, 25, 0, 21])
+    ids = random_choice(partition, 1, 3)
+    fn, _, inputs = problem(partition, ids, hq=2)
+    sample = partition.coords[:, 0]
+    for row in (0, int((sample == 1).nonzero()[3])):
+        clean, clean_grads = run(fn, inputs)
+        spoilt = [x.clone() for x in inputs]
+        spoilt["qkv".index(name)][row] = value
+        outputs, grads = run(fn, spoilt)
+        other = torch.arange(len(sample), device=DEVICE) != row if name == "q" else sample != sample[row]
+        for got, want in zip([*outputs, grads[0]], [*clean, clean_grads[0]], strict=True):
+            assert torch.equal(got[other], want[other])
+        for got, want in zip(grads, clean_grads, strict=True):
+            assert torch.equal(got[sample != sample[row]], want[sample != sample[row]])
+        if name != "q":
+            block = int((partition.selection.offsets[1:] <= row).sum())
+            sees = (ids[:, 0] == block).any(-1)
+            assert sees.any() and not (outputs[0] == clean[0]).all(-1)[sees].any(), "a row that sees it must not hide it"

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from utils import CUDA, DEVICE, IMPL
 
 import ssa
 from ssa import functional, naive
-from ssa.kernels.common import interpreted
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ["torch", "triton"] if DEVICE == "cuda" or interpreted() else ["torch"]
+IMPLS = ["torch", "triton"] if IMPL == "triton" else ["torch"]
 
 
 def cloud(num_tokens: int, edge: int = 12) -> ssa.VoxelPartition:
@@ -78,7 +77,7 @@ def test_a_segment_without_rows_is_zero(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if CUDA else [torch.float16])
 def test_half_precision_rounds_once(dtype, impl):
     partition = cloud(500, edge=8)
     x = (torch.randn(500, 32, device=DEVICE) + 30).to(dtype)

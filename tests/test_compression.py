@@ -3,14 +3,13 @@
 import pytest
 import torch
 from torch.nn.functional import group_norm, silu
+from utils import DEVICE, IMPL
 
 import ssa
 from ssa import naive
 from ssa.compression import COMPRESSORS
-from ssa.kernels.common import interpreted
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ["naive", "torch", "triton"] if DEVICE == "cuda" or interpreted() else ["naive", "torch"]
+IMPLS = ["naive", "torch", "triton"] if IMPL == "triton" else ["naive", "torch"]
 CHANNELS = 64
 
 

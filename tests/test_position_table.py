@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from utils import CUDA, DEVICE, IMPL
 
 from ssa import functional
 from ssa.compression import block_slots
-from ssa.kernels.common import interpreted
 from ssa.partition import partition_voxels
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ["torch", "triton"] if DEVICE == "cuda" or interpreted() else ["torch"]
+IMPLS = ["torch", "triton"] if IMPL == "triton" else ["torch"]
 
 
 def problem(num_tokens: int, features: int, num_slots: int, dtype: torch.dtype = torch.float32):
@@ -42,7 +41,7 @@ def test_matches_indexing(num_tokens, features, num_slots, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if CUDA else [torch.float16])
 def test_half_rows_are_rounded_once_and_the_table_gradient_is_fp32(dtype, impl):
     x, table, slots, dy = problem(300, 40, 64, dtype)
     y, _, dtable = gradients(x, table, slots, dy, impl)

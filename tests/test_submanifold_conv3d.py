@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from utils import CUDA, DEVICE, IMPL
 
 import ssa
 from ssa import naive
-from ssa.kernels.common import interpreted
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ["torch", "triton"] if DEVICE == "cuda" or interpreted() else ["torch"]
-HALF = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]  # the interpreter has no bf16
+IMPLS = ["torch", "triton"] if IMPL == "triton" else ["torch"]
+HALF = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]  # the interpreter has no bf16
 
 
 def sheet(num_tokens: int, seed: int = 0) -> ssa.VoxelPartition:

@@ -71,7 +71,7 @@ def spatial_sparse_attention(
     p = partition
     return op(
         q, k, v, k_cmp, v_cmp, gates, topk_indices, p.cu_seqlens, p.compression.cu_blocks, p.selection.cu_blocks, p.child_offsets,
-        p.fill_order, p.selection.offsets, p.window.offsets, p.window.index, _ratio(p), topk, scale,
+        p.fill_order, p.selection.offsets, p.window.offsets, p.window.index, topk, scale,
     )[0]  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def block_topk(
 
     p = partition
     cu_blocks = p.selection.cu_blocks
-    return op(q, k_cmp, lse.detach(), p.cu_seqlens, cu_blocks, p.child_offsets, p.fill_order, _ratio(p), topk, scale)
+    return op(q, k_cmp, lse.detach(), p.cu_seqlens, cu_blocks, p.child_offsets, p.fill_order, topk, scale)
 
 
 def selected_attention(
@@ -191,10 +191,6 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, index: 
     from .autograd.varlen_attention import varlen_attention as op
 
     return op(q, k, v, cu_q, cu_k, index, scale)
-
-
-def _ratio(partition: VoxelPartition) -> int:
-    return (partition.selection.size // partition.compression.size) ** 3
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

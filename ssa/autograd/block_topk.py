@@ -8,13 +8,13 @@ from ..kernels import block_topk as kernels
 
 @torch.library.custom_op("ssa::block_topk", mutates_args=())
 def block_topk(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_blocks: Tensor, child_offsets: Tensor, fill_order: Tensor, ratio: int,
-    topk: int, softmax_scale: float,
+    q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_blocks: Tensor, child_offsets: Tensor, fill_order: Tensor, topk: int,
+    softmax_scale: float,
 ) -> Tensor:  # fmt: skip
     q, k_cmp, lse = (x.contiguous() for x in (q, k_cmp, lse))
-    return kernels.block_topk(q, k_cmp, lse, cu_seqlens, cu_blocks, child_offsets, fill_order, ratio, topk, softmax_scale)
+    return kernels.block_topk(q, k_cmp, lse, cu_seqlens, cu_blocks, child_offsets, fill_order, topk, softmax_scale)
 
 
 @block_topk.register_fake
-def _(q, k_cmp, lse, cu_seqlens, cu_blocks, child_offsets, fill_order, ratio, topk, softmax_scale):
+def _(q, k_cmp, lse, cu_seqlens, cu_blocks, child_offsets, fill_order, topk, softmax_scale):
     return q.new_empty((q.shape[0], k_cmp.shape[1], topk), dtype=torch.int32)

@@ -19,12 +19,12 @@ from .selected_attention import fake_inverse_map, queries_per_chunk
 def spatial_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, topk_indices: Tensor | None, cu_seqlens: Tensor,
     cu_compression: Tensor, cu_selection: Tensor, child_offsets: Tensor, fill_order: Tensor, offsets: Tensor, cu_window: Tensor,
-    window_index: Tensor | None, ratio: int, topk: int, softmax_scale: float,
+    window_index: Tensor | None, topk: int, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, k_cmp, v_cmp, gates = (x.contiguous() for x in (q, k, v, k_cmp, v_cmp, gates))
     o_cmp, lse_cmp = varlen_attention_forward(q, k_cmp, v_cmp, cu_seqlens, cu_compression, None, softmax_scale)
     if topk_indices is None:
-        topk_indices = block_topk(q, k_cmp, lse_cmp, cu_seqlens, cu_selection, child_offsets, fill_order, ratio, topk, softmax_scale)
+        topk_indices = block_topk(q, k_cmp, lse_cmp, cu_seqlens, cu_selection, child_offsets, fill_order, topk, softmax_scale)
     else:
         topk_indices = topk_indices.clone(memory_format=torch.contiguous_format)
     chunk = queries_per_chunk(q, topk_indices)
@@ -38,7 +38,7 @@ def spatial_sparse_attention(
 @spatial_sparse_attention.register_fake
 def _(
     q, k, v, k_cmp, v_cmp, gates, topk_indices, cu_seqlens, cu_compression, cu_selection, child_offsets, fill_order, offsets, cu_window,
-    window_index, ratio, topk, softmax_scale,
+    window_index, topk, softmax_scale,
 ):  # fmt: skip
     outputs = (q.new_empty(q.shape) for _ in range(4))
     lses = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(3))
@@ -76,7 +76,7 @@ first_order_only(_backward_op)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, k_cmp, v_cmp, gates, _, cu_seqlens, cu_compression, _, _, _, offsets, cu_window, window_index, _, _, scale = inputs
+    q, k, v, k_cmp, v_cmp, gates, _, cu_seqlens, cu_compression, _, _, _, offsets, cu_window, window_index, _, scale = inputs
     ctx.softmax_scale = scale
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -87,8 +87,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, do, *_):
     if do is None:
-        return (None,) * 18
-    return *_backward_op(do, *ctx.saved_tensors, ctx.softmax_scale), *(None,) * 12
+        return (None,) * 17
+    return *_backward_op(do, *ctx.saved_tensors, ctx.softmax_scale), *(None,) * 11
 
 
 spatial_sparse_attention.register_autograd(_backward, setup_context=_setup_context)

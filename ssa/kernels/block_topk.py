@@ -5,8 +5,10 @@
 Two kernels over chunks of query tiles, so that [Hkv, T, C] never exists and the scratch [Hkv, S, chunk] stays below SCRATCH bytes:
 (1) scores: a program holds BLOCK_J selection blocks × BLOCK_M queries and adds heads and children in registers. Selection blocks come
     in order of falling child count (`fill_order`), so a tile's blocks have about equally many children and few child slots are idle.
-(2) top-k: scores are ≥ 0, so their bits order as integers: an exact bisection on the bits finds the topk-th largest, a running
-    count places the chosen ids in ascending order; of equal scores the lowest ids win.
+    It also keeps the best score of every GROUP blocks.
+(2) top-k, one thread a query: scores are ≥ 0, so their bits order as integers and a bisection on the bits is exact. The topk-th best of
+    the group maxima bounds the topk-th best score from below; one pass lists the few scores above the bound, a bisection over the list
+    (over all scores if it overflows) finds the exact one, a running count places the ids in ascending order. Of equals the lowest ids win.
 q [T,Hq,D], k_cmp [C,Hkv,D], lse [T,Hq] fp32 → [T,Hkv,topk] int32, −1 where a sample has fewer blocks.
 Source: arXiv 2505.17412, Eq. 8; exact bisection as in FastVideo's VSA.
 """
@@ -16,176 +18,197 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, block_d, load_rows, precision, tile_segments
+from .common import LOG2E, block_d, load_rows, load_tile, precision, tile_map
 
-SCRATCH = 128 * 2**20
-MAX_RESIDENT = 4096  # blocks whose scores one program of the top-k keeps in registers
+SCRATCH = 256 * 2**20
+GROUP = tl.constexpr(16)
+BLOCK_S = tl.constexpr(32)  # scores a thread reads at once
 
 
-def _config(head_dim: int, dtype: torch.dtype, ratio: int) -> dict[str, int]:
-    slots = min(2, ratio)
+def _config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_J=32, SLOTS=slots, num_warps=4, num_stages=1)
-    return dict(BLOCK_M=128, BLOCK_J=64, SLOTS=slots, num_warps=4, num_stages=3)
+        return dict(BLOCK_M=32, BLOCK_J=32, num_warps=4, num_stages=1)
+    return dict(BLOCK_M=128, BLOCK_J=64, num_warps=4, num_stages=3)
 
 
-@triton.jit
-def _sample_rows(cu_seqlens_ptr, tiles_ptr, tile, BLOCK_M: tl.constexpr):
-    """Sample of a query tile, its first token and the end of the sample."""
-    sample = tl.load(tiles_ptr + tile)
-    start = tl.load(cu_seqlens_ptr + sample)
-    first = start + (tile - (start // BLOCK_M + sample)) * BLOCK_M
-    return sample, first, tl.load(cu_seqlens_ptr + sample + 1)
-
-
-@triton.jit
-def _child_slot(q, k, lse, scale_log2, PRECISION: tl.constexpr):
-    return tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse[None, :])
-
-
-@triton.jit(do_not_specialize=["tile0", "num_tiles", "num_blocks"])
+@triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "num_tokens"])
 def _score_kernel(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_seqlens_ptr, cu_blocks_ptr, child_offsets_ptr, fill_order_ptr, tiles_ptr, scale_log2,
-    tile0, num_tiles, num_blocks, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_J: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, lse2_ptr, scores_ptr, best_ptr, cu_blocks_ptr, child_offsets_ptr, fill_order_ptr, tiles_ptr, scale_log2, tile0,
+    num_tiles, chunk_tiles, num_blocks, num_groups, num_tokens, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     pid = tl.program_id(0)
-    local, kv, column = pid % num_tiles, pid // num_tiles % HKV, pid // (num_tiles * HKV)
-    sample, first, end = _sample_rows(cu_seqlens_ptr, tiles_ptr, tile0 + local, BLOCK_M)
-    block0 = tl.load(cu_blocks_ptr + sample)
-    block_end = tl.load(cu_blocks_ptr + sample + 1)
-    first_block = block0 + column * BLOCK_J
-    if (first < end) & (first_block < block_end):
-        row = first + tl.arange(0, BLOCK_M)
-        valid = row < end
-        j = first_block + tl.arange(0, BLOCK_J)
-        block = tl.load(fill_order_ptr + j, mask=j < block_end, other=0)
-        child = tl.load(child_offsets_ptr + block, mask=j < block_end, other=0)
-        count = tl.load(child_offsets_ptr + block + 1, mask=j < block_end, other=0) - child
+    local, kv, column = pid % chunk_tiles, pid // chunk_tiles % HKV, pid // (chunk_tiles * HKV)
+    sample, first, count = load_tile(tiles_ptr, tile0 + local, num_tiles)
+    block0, block_end = tl.load(cu_blocks_ptr + sample), tl.load(cu_blocks_ptr + sample + 1)
+    if (count > 0) & (block0 + column * BLOCK_J < block_end):
+        m = tl.arange(0, BLOCK_M)
+        valid = m < count
+        j = block0 + column * BLOCK_J + tl.arange(0, BLOCK_J)
+        real = j < block_end
+        block = tl.load(fill_order_ptr + j, mask=real, other=0)
+        child = tl.load(child_offsets_ptr + block, mask=real, other=0)
+        children = tl.load(child_offsets_ptr + block + 1, mask=real, other=0) - child
+        q_ptr += (first.to(tl.int64) * HQ + kv * G) * D
+        lse2_ptr += (kv * G).to(tl.int64) * num_tokens + first
         acc = tl.zeros([BLOCK_J, BLOCK_M], tl.float32)
-        for slot in range(0, tl.max(count, 0), SLOTS):
-            has_a, has_b = slot < count, slot + 1 < count
-            k_a = load_rows(k_ptr, ((child + slot).to(tl.int64) * HKV + kv) * D, has_a, D, BLOCK_D)
-            acc_a = tl.zeros([BLOCK_J, BLOCK_M], tl.float32)
-            if SLOTS == 2:
-                k_b = load_rows(k_ptr, ((child + slot + 1).to(tl.int64) * HKV + kv) * D, has_b, D, BLOCK_D)
-                acc_b = tl.zeros([BLOCK_J, BLOCK_M], tl.float32)
+        for slot in range(0, tl.max(children, 0)):
+            has = slot < children
+            k = load_rows(k_ptr, ((child + slot).to(tl.int64) * HKV + kv) * D, has, D, BLOCK_D)
+            p = tl.zeros([BLOCK_J, BLOCK_M], tl.float32)
             for h in range(G):
-                head = row.to(tl.int64) * HQ + kv * G + h
-                q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
-                lse = tl.load(lse_ptr + head, mask=valid, other=float("inf")) * LOG2E
-                acc_a += _child_slot(q, k_a, lse, scale_log2, PRECISION)
-                if SLOTS == 2:
-                    acc_b += _child_slot(q, k_b, lse, scale_log2, PRECISION)
-            acc += tl.where(has_a[:, None], acc_a, 0.0)  # masked once for all heads
-            if SLOTS == 2:
-                acc += tl.where(has_b[:, None], acc_b, 0.0)
-        out = (kv.to(tl.int64) * num_blocks + block) * (num_tiles * BLOCK_M) + local * BLOCK_M
-        out = out[:, None] + tl.arange(0, BLOCK_M)[None, :]
-        tl.store(scores_ptr + out, acc, mask=(j < block_end)[:, None] & valid[None, :])
+                q = load_rows(q_ptr + h * D, m * (HQ * D), valid, D, BLOCK_D)
+                lse2 = tl.load(lse2_ptr + h * num_tokens.to(tl.int64) + m, mask=valid, other=float("inf"))
+                p += tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse2[None, :])
+            acc += tl.where(has[:, None], p, 0.0)  # absent children masked once for all heads
+        row = local * BLOCK_M + m
+        stride = chunk_tiles * BLOCK_M
+        out = (kv * num_blocks + block).to(tl.int64)[:, None] * stride + row[None, :]
+        tl.store(scores_ptr + out, acc, mask=real[:, None])
+        groups: tl.constexpr = BLOCK_J // GROUP
+        best = tl.max(tl.reshape(acc, [groups, GROUP, BLOCK_M]), 1)
+        group = column * groups + tl.arange(0, groups)
+        out = (kv * num_groups + group).to(tl.int64)[:, None] * stride + row[None, :]
+        tl.store(best_ptr + out, best, mask=(block0 + group * GROUP < block_end)[:, None])
 
 
 @triton.jit
-def _bits(scores_ptr, j, num_blocks, stride, valid, BLOCK_S: tl.constexpr, ROWS: tl.constexpr):
-    """[BLOCK_S, ROWS] bits of the scores of blocks j … j + BLOCK_S; −1, below every score, where there is none or a NaN."""
+def _bits(scores_ptr, j, count, stride, ROWS: tl.constexpr):
+    """[BLOCK_S, ROWS] bits of scores j … of each row; −1, below every score, from `count` on and for a NaN."""
     j += tl.arange(0, BLOCK_S)
     p = scores_ptr + j[:, None].to(tl.int64) * stride + tl.arange(0, ROWS)[None, :]
-    s = tl.load(p, mask=(j < num_blocks)[:, None] & valid[None, :], other=-1.0)
+    s = tl.load(p, mask=j[:, None] < count[None, :], other=-1.0)
     return tl.where(s >= 0.0, s.to(tl.int32, bitcast=True), -1)
 
 
 @triton.jit
-def _count(resident, scores_ptr, num_blocks, stride, valid, bound, BLOCK_S: tl.constexpr, ROWS: tl.constexpr, RESIDENT: tl.constexpr):
+def _count(scores_ptr, count, stride, bound, ROWS: tl.constexpr):
     """[ROWS] how many scores have bits of at least `bound`."""
-    if RESIDENT:
-        n = tl.sum((resident >= bound[None, :]).to(tl.int32), 0)
-    else:
-        n = tl.zeros([ROWS], tl.int32)
-        for j in range(0, num_blocks, BLOCK_S):
-            n += tl.sum((_bits(scores_ptr, j, num_blocks, stride, valid, BLOCK_S, ROWS) >= bound[None, :]).to(tl.int32), 0)
+    n = tl.zeros([ROWS], tl.int32)
+    for j in range(0, tl.max(count, 0), BLOCK_S):
+        n += tl.sum((_bits(scores_ptr, j, count, stride, ROWS) >= bound[None, :]).to(tl.int32), 0)
     return n
 
 
-@triton.jit(do_not_specialize=["tile0", "num_tiles", "num_blocks", "topk"])
+@triton.jit
+def _kth_best(scores_ptr, count, stride, topk, lo, ROWS: tl.constexpr):
+    """Bits of the topk-th best score of every row, 0 where there are fewer: at least topk scores reach it, or all. `lo`: a lower bound."""
+    hi = tl.zeros([ROWS], tl.int32)
+    for j in range(0, tl.max(count, 0), BLOCK_S):
+        hi = tl.maximum(hi, tl.max(_bits(scores_ptr, j, count, stride, ROWS), 0))
+    hi = tl.where(count <= topk, lo + 1, hi + 1)
+    # count(>= lo) >= topk, count(>= hi) < topk: done when they meet, or when a bound splits off exactly topk.
+    # The answer is seldom far below the best score: the first steps down from hi are one exponent, two, four, …
+    step = 1 << 23
+    while tl.max(hi - lo, 0) > 1:
+        mid = tl.maximum(lo + (hi - lo) // 2, hi - step)
+        step = tl.minimum(step, 1 << 29) * 2
+        c = _count(scores_ptr, count, stride, mid, ROWS)
+        hi = tl.where(c == topk, mid + 1, tl.where(c < topk, mid, hi))
+        lo = tl.where(c >= topk, mid, lo)
+    return lo
+
+
+@triton.jit
+def _write_ids(scores_ptr, listed_ptr, count, stride, out_ptr, block0, topk, lo, HKV: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr):
+    """Ids of the topk best scores of every row, ascending, −1 after; `lo` from _kth_best."""
+    above = _count(scores_ptr, count, stride, lo + 1, ROWS)
+    out = out_ptr + tl.arange(0, ROWS) * (HKV * topk)
+    equals = tl.zeros([ROWS], tl.int32)
+    written = tl.zeros([ROWS], tl.int32)
+    for j in range(0, tl.max(count, 0), BLOCK_S):
+        bits = _bits(scores_ptr, j, count, stride, ROWS)
+        equal = (bits == lo[None, :]).to(tl.int32)
+        rank = equals[None, :] + tl.cumsum(equal, 0)
+        chosen = (bits > lo[None, :]) | ((equal == 1) & (rank <= (topk - above)[None, :]))
+        place = written[None, :] + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        at = (j + tl.arange(0, BLOCK_S))[:, None]
+        if LISTED:
+            ids = tl.load(listed_ptr + at.to(tl.int64) * stride + tl.arange(0, ROWS)[None, :], mask=chosen, other=0)
+        else:
+            ids = block0 + at + tl.zeros([1, ROWS], tl.int32)
+        tl.store(out[None, :] + place, ids, mask=chosen)
+        equals += tl.sum(equal, 0)
+        written += tl.sum(chosen.to(tl.int32), 0)
+    valid = count > 0
+    for i in range(0, topk):
+        tl.store(out + i, tl.full([ROWS], -1, tl.int32), mask=valid & (written <= i))
+
+
+@triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "topk"])
 def _topk_kernel(
-    scores_ptr, ids_ptr, cu_seqlens_ptr, cu_blocks_ptr, tiles_ptr, tile0, num_tiles, num_blocks, topk, HKV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, ROWS: tl.constexpr, RESIDENT: tl.constexpr,
+    scores_ptr, best_ptr, list_ptr, listed_ptr, ids_ptr, cu_blocks_ptr, tiles_ptr, tile0, num_tiles, chunk_tiles, num_blocks, num_groups,
+    topk, HKV: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = BLOCK_M // ROWS
     pid = tl.program_id(0)
-    part, local, kv = pid % parts, pid // parts % num_tiles, pid // (parts * num_tiles)
-    sample, first, end = _sample_rows(cu_seqlens_ptr, tiles_ptr, tile0 + local, BLOCK_M)
-    row = first + part * ROWS + tl.arange(0, ROWS)
-    valid = row < end
-    if first + part * ROWS < end:
+    part, local, kv = pid % parts, pid // parts % chunk_tiles, pid // (parts * chunk_tiles)
+    sample, first, rows = load_tile(tiles_ptr, tile0 + local, num_tiles)
+    if part * ROWS < rows:
         block0 = tl.load(cu_blocks_ptr + sample)
         n = tl.load(cu_blocks_ptr + sample + 1) - block0
-        stride = num_tiles * BLOCK_M
-        scores_ptr += (kv.to(tl.int64) * num_blocks + block0) * stride + local * BLOCK_M + part * ROWS
-        resident = _bits(scores_ptr, 0, n, stride, valid, BLOCK_S, ROWS)
-        hi = tl.max(resident, 0)
-        if not RESIDENT:
-            for j in range(BLOCK_S, n, BLOCK_S):
-                hi = tl.maximum(hi, tl.max(_bits(scores_ptr, j, n, stride, valid, BLOCK_S, ROWS), 0))
-        # count(>= lo) >= topk or lo = 0; count(>= hi) < topk: done when they meet, or when a bound splits off exactly topk
-        lo = tl.zeros([ROWS], tl.int32)
-        hi += 1
-        while tl.max(hi - lo, 0) > 1:
-            mid = lo + (hi - lo) // 2
-            c = _count(resident, scores_ptr, n, stride, valid, mid, BLOCK_S, ROWS, RESIDENT)
-            hi = tl.where(c == topk, mid + 1, tl.where(c < topk, mid, hi))
-            lo = tl.where(c >= topk, mid, lo)
-        above = _count(resident, scores_ptr, n, stride, valid, lo + 1, BLOCK_S, ROWS, RESIDENT)
-        at_least = _count(resident, scores_ptr, n, stride, valid, lo, BLOCK_S, ROWS, RESIDENT)
-        keep_equal = tl.where(at_least <= topk, at_least - above, topk - above)
-        ids_ptr += (row.to(tl.int64) * HKV + kv) * topk
-        seen_equal = tl.zeros([ROWS], tl.int32)
-        written = tl.zeros([ROWS], tl.int32)
+        count = tl.where(part * ROWS + tl.arange(0, ROWS) < rows, n, 0)
+        stride = chunk_tiles * BLOCK_M
+        column = local * BLOCK_M + part * ROWS
+        scores_ptr += (kv * num_blocks + block0).to(tl.int64) * stride + column
+        best_ptr += (kv * num_groups).to(tl.int64) * stride + column
+        list_ptr += (kv * LIST).to(tl.int64) * stride + column
+        listed_ptr += (kv * LIST).to(tl.int64) * stride + column
+        ids_ptr += ((first + part * ROWS).to(tl.int64) * HKV + kv) * topk
+        zero = tl.zeros([ROWS], tl.int32)
+        bound = _kth_best(best_ptr, (count + GROUP - 1) // GROUP, stride, topk, zero, ROWS)
+        length = tl.zeros([ROWS], tl.int32)
         for j in range(0, n, BLOCK_S):
-            bits = resident
-            if not RESIDENT:
-                bits = _bits(scores_ptr, j, n, stride, valid, BLOCK_S, ROWS)
-            equal = (bits == lo[None, :]).to(tl.int32)
-            rank_equal = seen_equal[None, :] + tl.cumsum(equal, 0)
-            chosen = (bits > lo[None, :]) | ((equal == 1) & (rank_equal <= keep_equal[None, :]))
-            place = written[None, :] + tl.cumsum(chosen.to(tl.int32), 0) - 1
-            ids = (block0 + j + tl.arange(0, BLOCK_S))[:, None] + tl.zeros([1, ROWS], tl.int32)
-            tl.store(ids_ptr[None, :] + place, ids, mask=chosen & valid[None, :])
-            seen_equal += tl.sum(equal, 0)
-            written += tl.sum(chosen.to(tl.int32), 0)
-        for i in range(0, topk):
-            tl.store(ids_ptr + i, tl.full([ROWS], -1, tl.int32), mask=valid & (written <= i))
+            bits = _bits(scores_ptr, j, count, stride, ROWS)
+            above = (bits >= bound[None, :]).to(tl.int32)
+            place = length[None, :] + tl.cumsum(above, 0) - 1
+            at = place.to(tl.int64) * stride + tl.arange(0, ROWS)[None, :]
+            fits = (above == 1) & (place < LIST)
+            tl.store(list_ptr + at, bits.to(tl.float32, bitcast=True), mask=fits)
+            tl.store(listed_ptr + at, (block0 + j + tl.arange(0, BLOCK_S))[:, None] + tl.zeros([1, ROWS], tl.int32), mask=fits)
+            length += tl.sum(above, 0)
+        tl.debug_barrier()  # the list is read back by other threads
+        if tl.max(length, 0) <= LIST:
+            lo = _kth_best(list_ptr, length, stride, topk, bound, ROWS)
+            _write_ids(list_ptr, listed_ptr, length, stride, ids_ptr, block0, topk, lo, HKV, ROWS, True)
+        else:
+            lo = _kth_best(scores_ptr, count, stride, topk, bound, ROWS)
+            _write_ids(scores_ptr, listed_ptr, count, stride, ids_ptr, block0, topk, lo, HKV, ROWS, False)
 
 
 def block_topk(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_blocks: Tensor, child_offsets: Tensor, fill_order: Tensor, ratio: int,
-    topk: int, scale: float, config: dict | None = None,
+    q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_blocks: Tensor, child_offsets: Tensor, fill_order: Tensor, topk: int,
+    scale: float, config: dict | None = None,
 ) -> Tensor:  # fmt: skip
-    """Contiguous q, k_cmp, lse; cu_blocks [B+1], child_offsets [S+1], fill_order [S] of the partition; ratio: most children of a block."""
+    """Contiguous q, k_cmp, lse; cu_blocks [B+1], child_offsets [S+1], fill_order [S] of the partition's selection blocks."""
     (t, hq, d), hkv, num_blocks = q.shape, k_cmp.shape[1], fill_order.shape[0]
-    ids = torch.empty(t, hkv, topk, dtype=torch.int32, device=q.device)
+    device = q.device
+    ids = torch.empty(t, hkv, topk, dtype=torch.int32, device=device)
     if t == 0:
         return ids
-    config = dict(config or _config(d, q.dtype, ratio))
+    config = dict(config or _config(d, q.dtype))
     launch = dict(num_warps=config.pop("num_warps"), num_stages=config.pop("num_stages"))
-    block_m, block_j = config["BLOCK_M"], config["BLOCK_J"]
-    tiles = tile_segments(cu_seqlens, t, 1, block_m)
-    resident = num_blocks <= MAX_RESIDENT
-    block_s = max(16, triton.next_power_of_2(num_blocks)) if resident else 1024
-    rows = min(block_m, max(4, 16384 // block_s))
-    per_launch = max(1, SCRATCH // (4 * hkv * num_blocks * block_m))
-    scores = torch.empty(hkv, num_blocks, min(per_launch, tiles.shape[0]) * block_m, dtype=torch.float32, device=q.device)
-    for tile0 in range(0, tiles.shape[0], per_launch):
-        n = min(per_launch, tiles.shape[0] - tile0)
-        grid = (n * hkv * triton.cdiv(num_blocks, block_j),)
-        _score_kernel[grid](
-            q, k_cmp, lse, scores, cu_seqlens, cu_blocks, child_offsets, fill_order, tiles, scale * LOG2E.value, tile0, n, num_blocks,
-            HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q), **config, **launch,
+    block_m = config["BLOCK_M"]
+    tiles = tile_map(cu_seqlens, t, block_m)
+    num_tiles = tiles.shape[2]
+    lse2 = (lse * LOG2E.value).t().contiguous()  # [Hq, T]
+    columns = triton.cdiv(num_blocks, config["BLOCK_J"])
+    num_groups = columns * (config["BLOCK_J"] // GROUP.value)
+    length = max(32, triton.next_power_of_2(2 * topk))
+    chunk = max(1, min(num_tiles, SCRATCH // (4 * hkv * (num_blocks + num_groups + 2 * length) * block_m)))
+    scores, best, listed_scores = (
+        torch.empty(hkv, n, chunk * block_m, dtype=torch.float32, device=device) for n in (num_blocks, num_groups, length)
+    )
+    listed = torch.empty(hkv, length, chunk * block_m, dtype=torch.int32, device=device)
+    for tile0 in range(0, num_tiles, chunk):
+        n = min(chunk, num_tiles - tile0)
+        _score_kernel[(n * hkv * columns,)](
+            q, k_cmp, lse2, scores, best, cu_blocks, child_offsets, fill_order, tiles, scale * LOG2E.value, tile0, num_tiles, n,
+            num_blocks, num_groups, t, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q), **config, **launch,
         )  # fmt: skip
-        grid = (n * hkv * (block_m // rows),)
-        _topk_kernel[grid](
-            scores, ids, cu_seqlens, cu_blocks, tiles, tile0, n, num_blocks, topk, HKV=hkv, BLOCK_M=block_m, BLOCK_S=block_s, ROWS=rows,
-            RESIDENT=resident, num_warps=4,
+        _topk_kernel[(n * hkv,)](
+            scores, best, listed_scores, listed, ids, cu_blocks, tiles, tile0, num_tiles, n, num_blocks, num_groups, topk, HKV=hkv,
+            BLOCK_M=block_m, ROWS=block_m, LIST=length, num_warps=1,
         )  # fmt: skip
     return ids

@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LN2, LOG2E, block_d, load_rows, precision, store_rows, tile_rows, tile_segments
+from .common import LOG2E, block_d, load_rows, load_tile, precision, store_rows, tile_map
+from .inner import dkv_rows, dq_keys, forward_rows, packed_rows
+from .varlen_attention import largest_norm
 
 SCRATCH = 160 * 2**20
 MAX_SPLITS = 4
@@ -49,53 +51,35 @@ def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, T
     return torch.searchsorted(bucket, buckets, out_int32=True), entries.int()
 
 
-@triton.jit
-def _bucket_rows(csr_offsets_ptr, csr_indices_ptr, tiles_ptr, bucket0, num_buckets, G: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Bucket of this program's tile (counted from the chunk's first), its entries, heads and which rows are real."""
-    tile = tl.load(csr_offsets_ptr + bucket0) * G // BLOCK_M + bucket0 + tl.program_id(0)
-    end_tile = tl.load(csr_offsets_ptr + bucket0 + num_buckets) * G // BLOCK_M + bucket0 + num_buckets
-    inside = tile < end_tile
-    tile = tl.minimum(tile, end_tile - 1)
-    bucket = tl.load(tiles_ptr + tile)
-    start, num_rows, first = tile_rows(csr_offsets_ptr, bucket, tile, G, BLOCK_M)
-    row = first + tl.arange(0, BLOCK_M)
-    valid = (row < num_rows) & inside
-    entry = tl.load(csr_indices_ptr + start + row // G, mask=valid, other=0)
-    return bucket - bucket0, (first < num_rows) & inside, entry, row % G, valid
-
-
-@triton.jit(do_not_specialize=["bucket0", "num_buckets", "num_blocks", "topk", "entry0"])
+@triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
 def _fwd_kernel(
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, offsets_ptr, csr_offsets_ptr, csr_indices_ptr, tiles_ptr, scale_log2, bucket0,
-    num_buckets, num_blocks, topk, entry0, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, k_norm_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale_log2, num_blocks,
+    entry0, TOPK: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
-    bucket, any_row, entry, h, valid = _bucket_rows(csr_offsets_ptr, csr_indices_ptr, tiles_ptr, bucket0, num_buckets, G, BLOCK_M)
-    if any_row:
+    bucket, first, count = load_tile(tiles_ptr, tl.program_id(0), num_tiles)
+    if count > 0:
         kv, block = bucket // num_blocks, bucket % num_blocks
-        head = (entry // (topk * HKV)).to(tl.int64) * HQ + kv * G + h
+        lo, hi = tl.load(offsets_ptr + block), tl.load(offsets_ptr + block + 1)
+        valid, head = packed_rows(entries_ptr, first, count, kv, HQ, G, BLOCK_M, HKV * TOPK)
         q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        l_i = tl.zeros([BLOCK_M], tl.float32)
-        end = tl.load(offsets_ptr + block + 1)
-        for start in range(tl.load(offsets_ptr + block), end, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            at = (n.to(tl.int64) * HKV + kv) * D
-            k = load_rows(k_ptr, at, n < end, D, BLOCK_D)
-            v = load_rows(v_ptr, at, n < end, D, BLOCK_D)
-            s = tl.dot(q, k.T, input_precision=PRECISION)
-            s = tl.where((n < end)[None, :], s, -float("inf"))
-            m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-            p = tl.exp2(s * scale_log2 - m_new[:, None])
-            alpha = tl.exp2(m_i - m_new)
-            l_i = l_i * alpha + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-            m_i = m_new
-        out = (entry - entry0).to(tl.int64) * G + h
-        store_rows(part_ptr, out * D, acc / l_i[:, None], valid, D, BLOCK_D)
-        tl.store(part_lse_ptr + out, m_i * LN2 + tl.log(l_i), mask=valid)
+        k_norm = 0.0
+        if BOUNDED:
+            k_norm = tl.load(k_norm_ptr + kv)
+        o, lse = forward_rows(
+            q, k_norm, k_ptr, v_ptr, None, kv, lo, hi, scale_log2, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, BOUNDED, PRECISION
+        )
+        out = _partial_rows(entries_ptr, first, valid, entry0, G, BLOCK_M)
+        store_rows(part_ptr, out * D, o, valid, D, BLOCK_D)
+        tl.store(part_lse_ptr + out, lse, mask=valid)
+
+
+@triton.jit
+def _partial_rows(entries_ptr, first, valid, entry0, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows of the partial results: (entry of the chunk, head)."""
+    r = tl.arange(0, BLOCK_M)
+    return (tl.load(entries_ptr + first + r // G, mask=valid, other=0) - entry0).to(tl.int64) * G + r % G
 
 
 @triton.jit(do_not_specialize=["num_rows", "row0", "topk"])
@@ -126,34 +110,25 @@ def _combine_kernel(
     tl.store(lse_ptr + row0 + local, tl.where(empty, -float("inf"), m_i + tl.log(l_i)), mask=valid)
 
 
-@triton.jit(do_not_specialize=["bucket0", "num_buckets", "num_blocks", "topk", "entry0"])
+@triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_ptr, offsets_ptr, csr_offsets_ptr, csr_indices_ptr, tiles_ptr, scale, bucket0,
-    num_buckets, num_blocks, topk, entry0, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
+    entry0, TOPK: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
-    bucket, any_row, entry, h, valid = _bucket_rows(csr_offsets_ptr, csr_indices_ptr, tiles_ptr, bucket0, num_buckets, G, BLOCK_M)
-    if any_row:
+    bucket, first, count = load_tile(tiles_ptr, tl.program_id(0), num_tiles)
+    if count > 0:
         kv, block = bucket // num_blocks, bucket % num_blocks
-        head = (entry // (topk * HKV)).to(tl.int64) * HQ + kv * G + h
+        lo, hi = tl.load(offsets_ptr + block), tl.load(offsets_ptr + block + 1)
+        valid, head = packed_rows(entries_ptr, first, count, kv, HQ, G, BLOCK_M, HKV * TOPK)
         q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
         do = load_rows(do_ptr, head * D, valid, D, BLOCK_D)
-        lse = tl.load(lse_ptr + head, mask=valid, other=float("inf")) * LOG2E
+        lse = tl.load(lse_ptr + head, mask=valid, other=float("inf"))
         delta = tl.load(delta_ptr + head, mask=valid, other=0.0)
-        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        end = tl.load(offsets_ptr + block + 1)
-        for start in range(tl.load(offsets_ptr + block), end, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            at = (n.to(tl.int64) * HKV + kv) * D
-            k = load_rows(k_ptr, at, n < end, D, BLOCK_D)
-            v = load_rows(v_ptr, at, n < end, D, BLOCK_D)
-            p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2E) - lse[:, None])
-            p = tl.where((n < end)[None, :], p, 0.0)
-            ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        out = (entry - entry0).to(tl.int64) * G + h
-        store_rows(part_ptr, out * D, dq * scale, valid, D, BLOCK_D)
+        dq = dq_keys(q, do, lse, delta, k_ptr, v_ptr, None, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, PRECISION)
+        out = _partial_rows(entries_ptr, first, valid, entry0, G, BLOCK_M)
+        store_rows(part_ptr, out * D, dq, valid, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_rows", "row0", "topk"])
@@ -171,46 +146,32 @@ def _sum_slots_kernel(
     store_rows(dq_ptr, (row0 + local) * D, acc, valid, D, BLOCK_D, ACCUMULATE)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "chunks", "topk"])
+@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_blocks", "chunks"])
 def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, offsets_ptr, csr_offsets_ptr, csr_indices_ptr, tiles_ptr,
-    num_tokens, num_blocks, chunks, topk, scale, SPLITS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, csr_offsets_ptr, entries_ptr, tiles_ptr, num_tiles, num_tokens,
+    num_blocks, chunks, scale, TOPK: tl.constexpr, SPLITS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    G: tl.constexpr = HQ // HKV
     tile, rest = tl.program_id(0) // (HKV * SPLITS), tl.program_id(0) % (HKV * SPLITS)
     kv, split = rest % HKV, rest // HKV
-    block = tl.load(tiles_ptr + tile)
-    start_k, num_keys, first = tile_rows(offsets_ptr, block, tile, 1, BLOCK_N)
-    if first < num_keys:
-        n = first + tl.arange(0, BLOCK_N)
-        valid_n = n < num_keys
-        at = ((start_k + n).to(tl.int64) * HKV + kv) * D
-        k = load_rows(k_ptr, at, valid_n, D, BLOCK_D)
-        v = load_rows(v_ptr, at, valid_n, D, BLOCK_D)
+    block, first, count = load_tile(tiles_ptr, tile, num_tiles)
+    if count > 0:
+        valid, at = packed_rows(None, first, count, kv, HKV, 1, BLOCK_N, 0)
+        k = load_rows(k_ptr, at * D, valid, D, BLOCK_D)
+        v = load_rows(v_ptr, at * D, valid, D, BLOCK_D)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         share = tl.cdiv(chunks, SPLITS)
         for chunk in range(split * share, tl.minimum((split + 1) * share, chunks)):
-            bucket = (chunk * HKV + kv) * num_blocks + block
-            start_e = tl.load(csr_offsets_ptr + bucket)
-            num_rows = (tl.load(csr_offsets_ptr + bucket + 1) - start_e) * G
-            for start in range(0, num_rows, BLOCK_M):
-                row = start + tl.arange(0, BLOCK_M)
-                valid = row < num_rows
-                entry = tl.load(csr_indices_ptr + start_e + row // G, mask=valid, other=0)
-                head = (entry // (topk * HKV)).to(tl.int64) * HQ + kv * G + row % G
-                q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
-                do = load_rows(do_ptr, head * D, valid, D, BLOCK_D)
-                lse = tl.load(lse_ptr + head, mask=valid, other=float("inf")) * LOG2E
-                delta = tl.load(delta_ptr + head, mask=valid, other=0.0)
-                p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * (scale * LOG2E) - lse[None, :])  # [BLOCK_N, BLOCK_M]
-                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-                ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - delta[None, :])
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        out = at + split.to(tl.int64) * num_tokens * HKV * D
-        store_rows(dk_ptr, out, dk * scale, valid_n, D, BLOCK_D, ACCUMULATE)
-        store_rows(dv_ptr, out, dv, valid_n, D, BLOCK_D, ACCUMULATE)
+            bucket = csr_offsets_ptr + (chunk * HKV + kv) * num_blocks + block
+            lo, hi = tl.load(bucket), tl.load(bucket + 1)
+            dk, dv = dkv_rows(
+                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, kv, lo, hi, scale, HQ, HQ // HKV, D, BLOCK_D, BLOCK_M,
+                HKV * TOPK, PRECISION,
+            )  # fmt: skip
+        out = (at + split.to(tl.int64) * num_tokens * HKV) * D
+        store_rows(dk_ptr, out, dk * scale, valid, D, BLOCK_D, ACCUMULATE)
+        store_rows(dv_ptr, out, dv, valid, D, BLOCK_D, ACCUMULATE)
 
 
 def selected_attention_forward(
@@ -224,14 +185,16 @@ def selected_attention_forward(
     if t == 0:
         return o, lse
     config = config or _config("fwd", d, q.dtype)
-    sizes = dict(HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
-    tiles = tile_segments(csr_offsets, csr_indices.shape[0], hq // hkv, config["BLOCK_M"])
+    sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
+    k_norm = largest_norm(k)
+    tiles = tile_map(csr_offsets, min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, triton.cdiv(t, chunk))
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(min(chunk, t) * hq * topk, dtype=torch.float32, device=q.device)
-    for c, grid, n in _chunks(t, chunk, hq, hkv, topk, num_blocks, config["BLOCK_M"]):
-        _fwd_kernel[grid](
-            q, k, v, part, part_lse, offsets, csr_offsets, csr_indices, tiles, scale * LOG2E.value, c * hkv * num_blocks,
-            hkv * num_blocks, num_blocks, topk, c * chunk * hkv * topk, **sizes, **config,
+    for c, tiles_c in enumerate(tiles):
+        n = min(chunk, t - c * chunk)
+        _fwd_kernel[(tiles.shape[2],)](
+            q, k, v, part, part_lse, k_norm, offsets, csr_indices, tiles_c, tiles.shape[2], scale * LOG2E.value, num_blocks,
+            c * chunk * hkv * topk, BOUNDED=k_norm is not None, **sizes, **config,
         )  # fmt: skip
         grid = (triton.cdiv(n * hq, 64),)
         _combine_kernel[grid](
@@ -250,14 +213,16 @@ def selected_attention_backward(
     dq, dk, dv = (torch.empty_like(x) if y is None else y for x, y in zip((q, k, v), out, strict=True))
     if t == 0:
         return dq, dk, dv
-    sizes = dict(HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
+    sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
+    chunks = triton.cdiv(t, chunk)
     config = configs[0] or _config("dq", d, q.dtype)
-    tiles = tile_segments(csr_offsets, csr_indices.shape[0], hq // hkv, config["BLOCK_M"])
+    tiles = tile_map(csr_offsets, min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, chunks)
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
-    for c, grid, n in _chunks(t, chunk, hq, hkv, topk, num_blocks, config["BLOCK_M"]):
-        _dq_kernel[grid](
-            q, k, v, do, lse, delta, part, offsets, csr_offsets, csr_indices, tiles, scale, c * hkv * num_blocks, hkv * num_blocks,
-            num_blocks, topk, c * chunk * hkv * topk, **sizes, **config,
+    for c, tiles_c in enumerate(tiles):
+        n = min(chunk, t - c * chunk)
+        _dq_kernel[(tiles.shape[2],)](
+            q, k, v, do, lse, delta, part, offsets, csr_indices, tiles_c, tiles.shape[2], scale, num_blocks, c * chunk * hkv * topk,
+            **sizes, **config,
         )  # fmt: skip
         grid = (triton.cdiv(n * hq, 64),)
         _sum_slots_kernel[grid](
@@ -265,14 +230,12 @@ def selected_attention_backward(
             ACCUMULATE=out[0] is not None,
         )  # fmt: skip
     config = configs[1] or _config("dkv", d, q.dtype)
-    tiles = tile_segments(offsets, t, 1, config["BLOCK_N"])
-    chunks = triton.cdiv(t, chunk)
+    tiles = tile_map(offsets, t, config["BLOCK_N"])
     splits = 1 << (min(MAX_SPLITS, chunks).bit_length() - 1)
     whole = splits == 1
     dk_out, dv_out = (dk, dv) if whole else torch.empty(2, splits, t, hkv, d, dtype=torch.float32, device=q.device)
-    grid = (tiles.shape[0] * hkv * splits,)
-    _dkv_kernel[grid](
-        q, k, v, do, lse, delta, dk_out, dv_out, offsets, csr_offsets, csr_indices, tiles, t, num_blocks, chunks, topk, scale,
+    _dkv_kernel[(tiles.shape[2] * hkv * splits,)](
+        q, k, v, do, lse, delta, dk_out, dv_out, csr_offsets, csr_indices, tiles, tiles.shape[2], t, num_blocks, chunks, scale,
         SPLITS=splits, ACCUMULATE=whole and out[1] is not None, **sizes, **config,
     )  # fmt: skip
     if not whole:
@@ -280,9 +243,3 @@ def selected_attention_backward(
             x.copy_(parts.sum(0) if given is None else parts.sum(0).add_(given))
     return dq, dk, dv
 
-
-def _chunks(t: int, chunk: int, hq: int, hkv: int, topk: int, num_blocks: int, block_m: int):
-    """(number, grid of the row tiles, queries) of every chunk; the grid is an upper bound, see common.py."""
-    for c in range(triton.cdiv(t, chunk)):
-        n = min(chunk, t - c * chunk)
-        yield c, (n * hq * topk // block_m + 1 + hkv * num_blocks,), n

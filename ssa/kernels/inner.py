@@ -1,0 +1,199 @@
+"""The inner loops of attention, shared by the branches: what happens between a tile of rows and a range of keys.
+
+    forward  s = scale q kᵀ, p = exp(s − m), o = p v      backward  ds = p (do vᵀ − delta), dq = ds k, dv = pᵀ do, dk = dsᵀ q
+
+Rows are (query, head) pairs of one key/value head, see common.py. GATHER says where position i of a grouping lies: 0: at row i itself;
+n > 0: at row index[i] // n (windows: n = 1; the inverse map of the selection, whose entries are (t Hkv + kv) topk + slot: n = Hkv · topk).
+Loops run over full tiles without a mask and once more, masked, over the rest. Exponentials are base 2 with the scale folded in.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import LN2, LOG2E, load_rows
+
+MAX_BOUND = tl.constexpr(50.0)  # in powers of two: scores then span at most 2^±50, far inside the 2^±126 of fp32 and bf16
+
+
+@triton.jit
+def packed_rows(index_ptr, first, count, kv, HQ: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, GATHER: tl.constexpr):
+    """Which rows of a tile are real, and their numbers among the T · Hq rows of q."""
+    r = tl.arange(0, BLOCK_M)
+    valid = r // G < count
+    if GATHER > 0:
+        t = (tl.load(index_ptr + first + r // G, mask=valid, other=0) // GATHER).to(tl.int64)
+        return valid, t * HQ + kv * G + r % G
+    return valid, first.to(tl.int64) * HQ + kv * G + (r // G * HQ + r % G)
+
+
+@triton.jit
+def _keys(
+    k_ptr, v_ptr, index_ptr, kv, start, hi, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    GATHER: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """K and V of positions start … start + BLOCK_N, and which of them lie before hi."""
+    n = tl.arange(0, BLOCK_N)
+    valid = start + n < hi
+    if GATHER > 0:
+        at = ((tl.load(index_ptr + start + n, mask=valid, other=0) // GATHER).to(tl.int64) * HKV + kv) * D
+        return load_rows(k_ptr, at, valid, D, BLOCK_D), load_rows(v_ptr, at, valid, D, BLOCK_D), valid
+    base = (start * HKV + kv).to(tl.int64) * D
+    k = load_rows(k_ptr + base, n * (HKV * D), valid, D, BLOCK_D, MASKED)
+    v = load_rows(v_ptr + base, n * (HKV * D), valid, D, BLOCK_D, MASKED)
+    return k, v, valid
+
+
+@triton.jit
+def _forward_loop(
+    acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    for start in range(lo, hi, BLOCK_N):
+        k, v, valid = _keys(k_ptr, v_ptr, index_ptr, kv, start, hi, HKV, D, BLOCK_D, BLOCK_N, GATHER, MASKED)
+        s = tl.dot(q, k.T, input_precision=PRECISION)
+        if MASKED:
+            s = tl.where(valid[None, :], s, -float("inf"))
+        if BOUNDED:
+            p = tl.exp2(s * scale_log2 - m_i[:, None])
+            l_i += tl.sum(p, 1)
+        else:
+            m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+            p = tl.exp2(s * scale_log2 - m_new[:, None])
+            alpha = tl.exp2(m_i - m_new)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            acc *= alpha[:, None]
+            m_i = m_new
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, m_i, l_i
+
+
+@triton.jit
+def _forward_keys(
+    q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All keys lo … hi: full tiles without a mask, then the last one."""
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    full = lo + (hi - lo) // BLOCK_N * BLOCK_N
+    acc, m_i, l_i = _forward_loop(
+        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, full, scale_log2, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, BOUNDED, PRECISION
+    )
+    return _forward_loop(
+        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, full, hi, scale_log2, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, BOUNDED, PRECISION
+    )
+
+
+@triton.jit
+def forward_rows(
+    q, k_norm, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o [BLOCK_M, BLOCK_D] and lse [BLOCK_M] (natural log) of rows over keys lo … hi; no keys at all give 0 and −inf.
+
+    Where |q| max|k| bounds every score well inside the range of the exponent, exp(s − bound) needs no running maximum. The bound is
+    checked for every tile, so both ways are exact; BOUNDED False leaves the quick way out.
+    """
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    if BOUNDED:
+        q32 = q.to(tl.float32)
+        bound = tl.sqrt(tl.sum(q32 * q32, 1)) * k_norm * scale_log2
+        if tl.max(bound, 0) <= MAX_BOUND:  # false for NaN
+            acc, m_i, l_i = _forward_keys(
+                q, bound, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, True, PRECISION
+            )
+        else:
+            acc, m_i, l_i = _forward_keys(
+                q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
+            )
+    else:
+        acc, m_i, l_i = _forward_keys(
+            q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
+        )
+    empty = l_i == 0.0
+    l_i = tl.where(empty, 1.0, l_i)
+    return acc / l_i[:, None], tl.where(empty, -float("inf"), m_i * LN2 + tl.log(l_i))
+
+
+@triton.jit
+def _dq_loop(
+    dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    for start in range(lo, hi, BLOCK_N):
+        k, v, valid = _keys(k_ptr, v_ptr, index_ptr, kv, start, hi, HKV, D, BLOCK_D, BLOCK_N, GATHER, MASKED)
+        p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
+        if MASKED:
+            p = tl.where(valid[None, :], p, 0.0)
+        ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def dq_keys(
+    q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq [BLOCK_M, BLOCK_D] of rows with their lse (natural log) and delta from keys lo … hi."""
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    lse *= LOG2E
+    full = lo + (hi - lo) // BLOCK_N * BLOCK_N
+    dq = _dq_loop(
+        dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, full, scale * LOG2E, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, PRECISION
+    )
+    dq = _dq_loop(
+        dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, full, hi, scale * LOG2E, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, PRECISION
+    )
+    return dq * scale
+
+
+@triton.jit
+def _dkv_loop(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, lo, hi, end, scale_log2, HQ: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
+    some: tl.constexpr = MASKED or BLOCK_Q * G != BLOCK_M
+    r = tl.arange(0, BLOCK_M)
+    for start in range(lo, hi, BLOCK_Q):
+        if GATHER > 0:
+            valid, head = packed_rows(index_ptr, start, tl.minimum(end - start, BLOCK_Q), kv, HQ, G, BLOCK_M, GATHER)
+            q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
+            do = load_rows(do_ptr, head * D, valid, D, BLOCK_D)
+            lse = tl.load(lse_ptr + head, mask=valid, other=float("inf"))
+            delta = tl.load(delta_ptr + head, mask=valid, other=0.0)
+        else:
+            base = (start * HQ + kv * G).to(tl.int64)
+            near = r // G * HQ + r % G
+            valid = r // G < tl.minimum(end - start, BLOCK_Q)
+            q = load_rows(q_ptr + base * D, near * D, valid, D, BLOCK_D, some)
+            do = load_rows(do_ptr + base * D, near * D, valid, D, BLOCK_D, some)
+            if some:
+                lse = tl.load(lse_ptr + base + near, mask=valid, other=float("inf"))
+                delta = tl.load(delta_ptr + base + near, mask=valid, other=0.0)
+            else:
+                lse = tl.load(lse_ptr + base + near)
+                delta = tl.load(delta_ptr + base + near)
+        p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - (lse * LOG2E)[None, :])  # [BLOCK_N, BLOCK_M]
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def dkv_rows(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, lo, hi, scale, HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the queries at positions lo … hi to dk (before its scale) and dv."""
+    full = lo + (hi - lo) // (BLOCK_M // G) * (BLOCK_M // G)
+    dk, dv = _dkv_loop(
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, lo, full, hi, scale * LOG2E, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
+        False, PRECISION,
+    )  # fmt: skip
+    return _dkv_loop(
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, full, hi, hi, scale * LOG2E, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
+        True, PRECISION,
+    )  # fmt: skip

@@ -282,6 +282,13 @@ def test_slow_peers_are_left_out():
     assert run.expected_seconds(OWN, "both", results) == 0
 
 
+def test_a_peer_left_out_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SLOWEST_SECONDS", 0.0)
+    assert tiny_run(tmp_path / "a.csv", "--pass", "fwd") == 0
+    assert [row["impl"] for row in rows.read(tmp_path / "a.csv")] == ["ssa"]
+    assert "- fa2 T=200 D=32 (fwd): left out: about 0 s a call" in (tmp_path / "a.md").read_text()
+
+
 def test_figures_of_a_row():
     pairs = cases.Pairs(4096 * 32 * 1250, 10**7, 10**6)
     got = run.figures(OWN, "fwd", timing.Timing(2.0, 1.9, 2.1, 3 * 10**9), pairs, "NVIDIA H200")

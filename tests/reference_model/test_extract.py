@@ -47,6 +47,13 @@ def test_known_shapes_from_the_band_alone(shape, resolution):
     assert torch.equal(with_signs[0], vertices) and torch.equal(sorted_rows(with_signs[1]), sorted_rows(faces))
 
 
+def test_a_shape_across_many_cells_at_1024():
+    source = volume_of(torus(0.15, 0.06), 1024)
+    vertices, faces, report = extract_mesh(source.coords, source.values, 1024)
+    assert len(rim(faces)) == report.missing_corners == report.disagreeing_cells == 0 and euler(vertices, faces) == 0
+    assert enclosed(vertices, faces) == pytest.approx(2 * PI**2 * 0.15 * 0.06**2, rel=1e-3)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_walls_and_gaps_near_one_voxel_keep_their_genus(seed):
     wall = box((0.4, 0.3, 0.7 * 2 / 256), rotation(seed))  # 1.4 voxels thick

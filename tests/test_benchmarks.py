@@ -264,6 +264,16 @@ def test_a_run_resumes_and_reports(tmp_path, capsys):
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_meshes_have_rows_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "MESH_RESOLUTIONS", (8,))
+    trimesh.creation.icosphere(subdivisions=2).export(tmp_path / "ball.ply")
+    mesh = ["--voxels", "mesh", "--mesh", str(tmp_path / "ball.ply"), "--pass", "fwd"]
+    assert tiny_run(tmp_path / "a.csv", *mesh) == 0
+    own, peer = (row for row in rows.read(tmp_path / "a.csv") if row["T"] != "200")
+    assert (own["voxels"], own["resolution"], peer["impl"], peer["T"]) == ("ball", "8", "fa2", own["T"])
+    assert "## ball, D = 32, m_cmp/m_slc/topk = 8/8/8" in (tmp_path / "a.md").read_text()
+
+
 def test_no_time_is_shown_for_a_wrong_result(tmp_path, capsys, monkeypatch):
     def red(*arguments):
         raise gate.GateError("wrong")

@@ -110,7 +110,8 @@ def test_samples_do_not_meet(name, impl):
         rows = together.coords[:, 0] == b
         alone = ssa.partition_voxels(together.coords[rows], batch_size=2)
         parts.append(module(x[rows], alone, table, impl))
-    assert (module(x, together, table, impl) - torch.cat(parts)).abs().max() <= 2e-6
+    want = torch.cat(parts)
+    assert (module(x, together, table, impl) - want).abs().max() <= 2e-6 * want.abs().max()
 
 
 @pytest.mark.parametrize("impl", [i for i in IMPLS if i != "naive"])
@@ -125,7 +126,7 @@ def test_empty_and_single(name, counts, impl):
     assert x.grad.shape == x.shape and all(p.grad.isfinite().all() for p in module.parameters())
 
 
-@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "naive"])
+@pytest.mark.parametrize("impl", [IMPL])
 @pytest.mark.parametrize("name", list(COMPRESSORS))
 def test_two_runs_are_bitwise_equal(name, impl):
     partition, module = cloud((150, 130)), randomised(name)

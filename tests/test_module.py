@@ -25,8 +25,8 @@ def make(impl=IMPL, seed=0, dtype=torch.float32, **kwargs) -> ssa.SpatialSparseA
     return layer.to(dtype)
 
 
-def voxels(counts=(61, 30), seed=0):
-    coords = random_coords(counts, seed=seed)
+def voxels(counts=(25, 9), seed=0, edge=6):
+    coords = random_coords(counts, edge, -edge // 2, seed)
     return torch.randn(len(coords), HIDDEN, generator=torch.Generator().manual_seed(seed)).to(DEVICE), coords
 
 
@@ -90,7 +90,7 @@ def test_matches_the_definition_with_all_gradients(compression, window_shift):
 
 
 def test_selects_as_the_definition_does():
-    x, coords = voxels((100,))
+    x, coords = voxels((100,), edge=10)
     layer = make("naive", dtype=torch.float64, topk=2)
     y, want = layer(x.double(), coords), definition(layer, x.double(), coords)
     assert (y - want).abs().max() <= 1e-12
@@ -123,7 +123,7 @@ def test_few_voxels(counts):
 
 def test_sparse_tensor_returns_its_kind_and_sorts_once():
     x, coords = voxels()
-    stack = [make(seed=i, window_shift=shift) for i, shift in enumerate((0, 2, 0, 2))]
+    stack = [make(seed=i, window_shift=shift) for i, shift in enumerate((0, 2, 0))]
     want = x
     for layer in stack:
         want = layer(want, coords)
@@ -136,7 +136,7 @@ def test_sparse_tensor_returns_its_kind_and_sorts_once():
     sparse = Sparse(x, coords)
     with CountSorts() as partitions:
         plans = [layer._cached_partition(sparse) for layer in stack]
-    assert partitions.sorts == base and plans[0] is plans[2] and plans[1] is plans[3]
+    assert partitions.sorts == base and plans[0] is plans[2]
     assert plans[0].order is plans[1].order
     y = sparse
     for layer in stack:
@@ -180,7 +180,7 @@ def test_other_block_sizes_do_not_share_a_partition():
 
 
 def test_checkpointing_recomputes_the_same():
-    x, coords = voxels((90, 40))
+    x, coords = voxels((30, 12))
     layer = make()
     partition = layer.partition(coords)
     grads = []
@@ -219,8 +219,8 @@ def test_compiles_whole_and_twice_at_most():
         return torch._dynamo.lookup_backend("inductor" if CUDA else "aot_eager")(graph, inputs)
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    for seed, count in enumerate((20, 27, 41, 150, 77, 300, 131, 64)[: 8 if CUDA else 3]):
-        x, coords = voxels((count, count // 3), seed)
+    for seed, count in enumerate((12, 16, 21, 150, 77, 100, 131, 64)[: 8 if CUDA else 3]):
+        x, coords = voxels((count, count // 3), seed, 10 if CUDA else 5)
         partition = layer.partition(coords)
         leaf = x.clone().requires_grad_()
         y = compiled(leaf, partition)
@@ -235,7 +235,7 @@ def test_compiles_whole_and_twice_at_most():
 @pytest.mark.skipif(not CUDA, reason="CUDA streams only")
 def test_neither_synchronises_nor_depends_on_the_host():
     """No host sync in forward or backward, and a CUDA graph of both replays with new rows."""
-    x, coords = voxels((2000, 700))
+    x, coords = voxels((2000, 700), edge=16)
     layer = make()
     partition = layer.partition(coords)
     static = x.clone().requires_grad_()
@@ -272,7 +272,7 @@ def test_copies_and_state():
 
 @pytest.mark.parametrize("window_shift", [0, 1])
 def test_explain_shows_what_the_query_read(window_shift):
-    x, coords = voxels((61, 30))
+    x, coords = voxels((61, 30), edge=10)
     layer = make(topk=4, window_shift=window_shift)
     p = layer.partition(coords)
     rows = p.sort(x)

@@ -126,6 +126,14 @@ def test_openings_are_counted(opening):
     assert len(faces.unique()) == len(vertices)
 
 
+def test_single_holes_in_the_band_are_counted():
+    source = volume_of(sphere(0.4), 256)
+    lone = (source.coords % 5 == 2).all(1)
+    vertices, faces, report = extract_mesh(source.coords[~lone], source.values[~lone], 256)
+    assert report.disagreeing_cells > 100  # the crossings at the holes
+    assert report.open_vertices == len(rim(faces))
+
+
 def test_signs_outside_the_band_are_used_where_they_are_given():
     source = volume_of(sphere(0.3), 256)
     shown = source.values >= -0.5

@@ -23,6 +23,7 @@ from .common import LOG2E, block_d, load_rows, load_tile, precision, tile_map
 SCRATCH = 256 * 2**20
 GROUP = tl.constexpr(16)
 BLOCK_S = tl.constexpr(32)  # scores a thread reads at once
+ROWS = 32  # queries a program of the top-k: one a thread
 
 
 def _config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
@@ -76,9 +77,9 @@ def _score_kernel(
 @triton.jit
 def _bits(scores_ptr, j, count, stride, ROWS: tl.constexpr):
     """[BLOCK_S, ROWS] bits of scores j … of each row; −1, below every score, from `count` on and for a NaN."""
-    j += tl.arange(0, BLOCK_S)
-    p = scores_ptr + j[:, None].to(tl.int64) * stride + tl.arange(0, ROWS)[None, :]
-    s = tl.load(p, mask=j[:, None] < count[None, :], other=-1.0)
+    i = tl.arange(0, BLOCK_S)
+    p = scores_ptr + stride.to(tl.int64) * j + (i[:, None] * stride + tl.arange(0, ROWS)[None, :])
+    s = tl.load(p, mask=i[:, None] < (count - j)[None, :], other=-1.0)
     return tl.where(s >= 0.0, s.to(tl.int32, bitcast=True), -1)
 
 
@@ -125,7 +126,7 @@ def _write_ids(scores_ptr, listed_ptr, count, stride, out_ptr, block0, topk, lo,
         place = written[None, :] + tl.cumsum(chosen.to(tl.int32), 0) - 1
         at = (j + tl.arange(0, BLOCK_S))[:, None]
         if LISTED:
-            ids = tl.load(listed_ptr + at.to(tl.int64) * stride + tl.arange(0, ROWS)[None, :], mask=chosen, other=0)
+            ids = tl.load(listed_ptr + at * stride + tl.arange(0, ROWS)[None, :], mask=chosen, other=0)
         else:
             ids = block0 + at + tl.zeros([1, ROWS], tl.int32)
         tl.store(out[None, :] + place, ids, mask=chosen)
@@ -163,7 +164,7 @@ def _topk_kernel(
             bits = _bits(scores_ptr, j, count, stride, ROWS)
             above = (bits >= bound[None, :]).to(tl.int32)
             place = length[None, :] + tl.cumsum(above, 0) - 1
-            at = place.to(tl.int64) * stride + tl.arange(0, ROWS)[None, :]
+            at = place * stride + tl.arange(0, ROWS)[None, :]
             fits = (above == 1) & (place < LIST)
             tl.store(list_ptr + at, bits.to(tl.float32, bitcast=True), mask=fits)
             tl.store(listed_ptr + at, (block0 + j + tl.arange(0, BLOCK_S))[:, None] + tl.zeros([1, ROWS], tl.int32), mask=fits)
@@ -207,8 +208,8 @@ def block_topk(
             q, k_cmp, lse2, scores, best, cu_blocks, child_offsets, fill_order, tiles, scale * LOG2E.value, tile0, num_tiles, n,
             num_blocks, num_groups, t, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q), **config, **launch,
         )  # fmt: skip
-        _topk_kernel[(n * hkv,)](
+        _topk_kernel[(n * hkv * (block_m // ROWS),)](
             scores, best, listed_scores, listed, ids, cu_blocks, tiles, tile0, num_tiles, n, num_blocks, num_groups, topk, HKV=hkv,
-            BLOCK_M=block_m, ROWS=block_m, LIST=length, num_warps=1,
+            BLOCK_M=block_m, ROWS=ROWS, LIST=length, num_warps=1,
         )  # fmt: skip
     return ids

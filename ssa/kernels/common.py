@@ -63,27 +63,23 @@ def load_tile(tiles_ptr, tile, num_tiles):
 
 
 @triton.jit
-def _row_mask(mask, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)[None, :]
-    if MASKED:
-        return mask[:, None] if BLOCK_D == D else mask[:, None] & (d < D)
-    return d < D
-
-
-@triton.jit
 def load_rows(ptr, offsets, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr = True):
     """[n, BLOCK_D] from rows that begin at `offsets` (elements); zeros where masked, and beyond D."""
-    p = ptr + offsets[:, None] + tl.arange(0, BLOCK_D)[None, :]
-    if not MASKED and BLOCK_D == D:
-        return tl.load(p)
-    return tl.load(p, mask=_row_mask(mask, MASKED, D, BLOCK_D), other=0.0)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    p = ptr + offsets[:, None] + d
+    if MASKED:
+        x = tl.load(p, mask=mask[:, None] if BLOCK_D == D else mask[:, None] & (d < D), other=0.0)
+    else:
+        x = tl.load(p) if BLOCK_D == D else tl.load(p, mask=d < D, other=0.0)
+    return x
 
 
 @triton.jit
 def store_rows(ptr, offsets, x, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, ACCUMULATE: tl.constexpr = False):
     """Writes [n, BLOCK_D] to rows that begin at `offsets`, added to what lies there if ACCUMULATE."""
-    full = _row_mask(mask, True, D, BLOCK_D)
-    p = ptr + offsets[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    full = mask[:, None] if BLOCK_D == D else mask[:, None] & (d < D)
+    p = ptr + offsets[:, None] + d
     if ACCUMULATE:
         x += tl.load(p, mask=full, other=0.0).to(tl.float32)
     tl.store(p, x.to(ptr.dtype.element_ty), mask=full)

@@ -22,8 +22,10 @@ def packed_rows(index_ptr, first, count, kv, HQ: tl.constexpr, G: tl.constexpr, 
     valid = r // G < count
     if GATHER > 0:
         t = (tl.load(index_ptr + first + r // G, mask=valid, other=0) // GATHER).to(tl.int64)
-        return valid, t * HQ + kv * G + r % G
-    return valid, first.to(tl.int64) * HQ + kv * G + (r // G * HQ + r % G)
+        row = t * HQ + kv * G + r % G
+    else:
+        row = (first * HQ + kv * G).to(tl.int64) + (r // G * HQ + r % G)
+    return valid, row
 
 
 @triton.jit
@@ -36,10 +38,12 @@ def _keys(
     valid = start + n < hi
     if GATHER > 0:
         at = ((tl.load(index_ptr + start + n, mask=valid, other=0) // GATHER).to(tl.int64) * HKV + kv) * D
-        return load_rows(k_ptr, at, valid, D, BLOCK_D), load_rows(v_ptr, at, valid, D, BLOCK_D), valid
-    base = (start * HKV + kv).to(tl.int64) * D
-    k = load_rows(k_ptr + base, n * (HKV * D), valid, D, BLOCK_D, MASKED)
-    v = load_rows(v_ptr + base, n * (HKV * D), valid, D, BLOCK_D, MASKED)
+        k = load_rows(k_ptr, at, valid, D, BLOCK_D)
+        v = load_rows(v_ptr, at, valid, D, BLOCK_D)
+    else:
+        base = (start * HKV + kv).to(tl.int64) * D
+        k = load_rows(k_ptr + base, n * (HKV * D), valid, D, BLOCK_D, MASKED)
+        v = load_rows(v_ptr + base, n * (HKV * D), valid, D, BLOCK_D, MASKED)
     return k, v, valid
 
 

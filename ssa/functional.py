@@ -218,11 +218,16 @@ def _choose(impl: str | None, x: Tensor) -> str:
     if impl == "triton":
         if x.dtype not in _TRITON_DTYPES:
             raise ValueError(f'impl "triton" takes float32, bfloat16 or float16, got {x.dtype}; impl "torch" takes it')
-        if importlib.util.find_spec("triton") is None:
+        if not _installed():
             raise ValueError('impl "triton" needs the triton package, which is not installed; impl "torch" runs')
         if not x.is_cuda and not _interpreted():
             raise ValueError(f'impl "triton" needs CUDA tensors (or Triton\'s interpreter), got {x.device}; impl "torch" runs')
     return impl
+
+
+@torch.compiler.assume_constant_result
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @torch.compiler.assume_constant_result

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ import ssa
 
 from . import report
 from .cases import CHIPS, Case, Inputs, Pairs, count_pairs, limit_seconds, make_inputs, ssa_work, useful_flops
+from .gate import GateError, check_forward
 from .rows import ResultFile
 from .timing import Calls, environment, measure, reason_of, synchronize, three_calls
 from .voxels import gyroid
@@ -32,14 +35,40 @@ def path_beside(path: Path) -> Path:
     return path.with_name(path.stem + "-branches.csv")
 
 
-def run(path: Path, env: dict[str, str], device: torch.device, options: argparse.Namespace) -> None:
-    """Time every branch, forward and backward, at each T up to the largest asked for; rows go to `path_beside(path)`."""
+def run(path: Path, env: dict[str, str], device: torch.device, options: argparse.Namespace, deadline: float = float("inf")) -> None:
+    """Time every branch at each T up to the largest asked for, none that would end after `deadline` (time.monotonic).
+
+    Rows go to `path_beside(path)`; a T that fails is recorded and the others go on.
+    """
     tokens = [T for T in TOKENS if T <= max(options.T)]
     if not tokens:
         return
     results = ResultFile(path_beside(path), env, {}, resume=options.resume)
     for T in tokens:
-        run_size(T, results, device, options.dtype, options.budget)
+        if time.monotonic() + 20 + T / 20_000 > deadline:
+            print(f"No time for the branches at T = {T:,} (call again with --resume)")
+            continue
+        whole = Case("all", T, HEAD_DIM, BLOCKS, "gyroid", 0)
+        results.forget(whole, "all")
+        try:
+            run_size(T, results, device, options.dtype, options.budget)
+        except Exception as error:
+            results.fail(whole, "all", reason_of(error))
+            print(f"{whole} FAILED: {reason_of(error)}", flush=True)
+            synchronize(device)
+
+
+def check_branches(inputs: Inputs, topk_indices: Tensor) -> None:
+    """The public branches, gated and summed, give the operator within the roundings of three summands."""
+    with torch.no_grad():
+        o = inputs.attend(topk_indices)
+        parts = [cast(Tensor, branch_calls(name, inputs, topk_indices)["fwd"]()) for name in ("cmp", "slc", "win")]
+        total = torch.zeros(o.shape, device=o.device)
+        for i, part in enumerate(parts):
+            total += inputs.gates[:, i, None, None] * part.float()
+        error, bound = float((total - o).abs().max()), 4 * torch.finfo(o.dtype).eps * max(float(part.abs().max()) for part in parts)
+    if not error <= bound:
+        raise GateError(f"the branches must sum to the operator within {bound:.3g}, got {error:.3g}")
 
 
 def run_size(num_tokens: int, results: ResultFile, device: torch.device, dtype: torch.dtype, budget: float) -> None:
@@ -51,6 +80,8 @@ def run_size(num_tokens: int, results: ResultFile, device: torch.device, dtype: 
         return
     inputs = make_inputs(gyroid(num_tokens, resolution), HEAD_DIM, BLOCKS, device=device, dtype=dtype)
     topk_indices = inputs.choose()
+    check_forward(inputs, topk_indices)
+    check_branches(inputs, topk_indices)
     pairs = count_pairs(inputs.partition, topk_indices, cases["all"].num_heads)
     counts = {"C": len(inputs.partition.compression), "S": len(inputs.partition.selection)}
     for name, pass_ in missing:

@@ -77,22 +77,22 @@ class ResultFile:
         self.rows.append(row)
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
-        if self._forget(str(case), pass_):
-            self._write_notes()
+        self.forget(case, pass_)
         return row
 
     def fail(self, case: Case, pass_: str, reason: str) -> None:
         """Record that a (case, pass) gave no time, and why."""
-        self._forget(str(case), pass_)
+        self.forget(case, pass_)
         named = {"impl": case.impl, "T": str(case.num_tokens), "head_dim": str(case.head_dim)}
         self.failures.append({"case": str(case), "pass": pass_, "reason": reason} | named)
         self._write_notes()
 
-    def _forget(self, case: str, pass_: str) -> bool:
+    def forget(self, case: Case, pass_: str) -> None:
         """Drop the failure of an earlier call, if there was one."""
-        kept = [failure for failure in self.failures if (failure["case"], failure["pass"]) != (case, pass_)]
-        dropped, self.failures = len(kept) < len(self.failures), kept
-        return dropped
+        kept = [failure for failure in self.failures if (failure["case"], failure["pass"]) != (str(case), pass_)]
+        if len(kept) < len(self.failures):
+            self.failures = kept
+            self._write_notes()
 
     def _write_notes(self) -> None:
         notes = {"environment": self.environment, "peers": self.peers, "failures": self.failures}

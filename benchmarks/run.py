@@ -54,10 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     cases = gyroid_cases(options.T)
     if "mesh" in options.voxels:
+        no_mesh = Case("ssa", 0, 32, BLOCKS[0], "mesh", 0)
+        results.forget(no_mesh, "all")
         try:
             cases += mesh_cases(options.mesh)
         except ImportError as error:
-            results.fail(Case("ssa", 0, 32, BLOCKS[0], "mesh", 0), "all", f"voxels of a mesh need trimesh: {error}")
+            results.fail(no_mesh, "all", f"voxels of a mesh need trimesh: {error}")
     cases = [case for case in cases if wanted(case, options)]
     deadline = time.monotonic() + 60 * options.minutes
     left = []
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif passes:
             run_case(case, passes, results, device, options)
     if options.branches and "ssa" in options.impl and not left:
-        branches.run(path, env, device, options)
+        branches.run(path, env, device, options, deadline)
     report.write(path)
     if left:
         print(f"No time for {len(left)} of {len(cases)} cases (call again with --resume): " + "; ".join(map(str, left)))
@@ -209,7 +211,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--impl", nargs="+", choices=("ssa", *DENSE), default=("ssa", *DENSE))
     parser.add_argument("--cases", nargs="+", type=blocks, default=BLOCKS, choices=BLOCKS, metavar="M_CMP/M_SLC/TOPK", help="of ssa")
-    parser.add_argument("--T", nargs="+", type=int, default=TOKENS, help="gyroid sizes; at most 2^20 fit the default grids")
+    parser.add_argument("--T", nargs="+", type=int, help="gyroid sizes; at most 2^20 fit the default grids")
     parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS, choices=HEAD_DIMS)
     parser.add_argument("--pass", nargs="+", dest="passes", default=PASSES, choices=PASSES)
     parser.add_argument("--voxels", nargs="+", default=("gyroid", "mesh"), choices=("gyroid", "mesh"), help="inputs of ssa")
@@ -224,7 +226,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="name of the code version where git is not at hand")
     options = parser.parse_args(arguments)
     options.dtype = options.dtype or (torch.bfloat16 if options.device.startswith("cuda") else torch.float32)
-    options.T = tuple(options.T)
+    if options.T is None and not options.device.startswith("cuda"):
+        parser.error("the full run needs a GPU; on a CPU give small sizes with --T")
+    options.T = tuple(options.T or TOKENS)
     return options
 
 

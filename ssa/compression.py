@@ -56,8 +56,14 @@ class PointwiseConv3d(nn.Module):
         return nn.functional.linear(x, self.kernel.t(), self.bias)
 
 
-class SampleGroupNorm(nn.GroupNorm):
+class SampleGroupNorm(nn.Module):
     """GroupNorm whose statistics run over all rows of a sample (and the channels of a group), in fp32 or wider."""
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.num_groups, self.eps = num_groups, eps
+        self.weight = nn.Parameter(torch.ones(num_channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_channels, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, sample: Tensor, offsets: Tensor, cu_blocks: Tensor, impl: str | None = None) -> Tensor:
         """x [N, C]; sample [N] int32; offsets [S+1]: rows of each selection block; cu_blocks [B+1]: selection blocks of each sample."""
@@ -179,9 +185,11 @@ class Direct3DS2V2(nn.Module):
     def forward(self, x: Tensor, partition: VoxelPartition, table: Tensor | None = None, impl: str | None = None) -> Tensor:
         """x [T, C] in packed order, table [m³, C] or None → [blocks, C]."""
         compression, selection, neighbors = partition.compression, partition.selection, partition.block_neighbors
-        slots = None if table is None else block_slots(partition)
-        skip = functional.segment_mean(x, compression.offsets, extra=1, table=table, slots=slots, impl=impl)
-        if table is not None:
+        if table is None:
+            skip = functional.segment_mean(x, compression.offsets, extra=1, impl=impl)
+        else:
+            slots = block_slots(partition)
+            skip = functional.segment_mean(x, compression.offsets, extra=1, table=table, slots=slots, impl=impl)
             x = functional.add_position(x, table, slots, impl=impl)
         norm, silu = self.act_layers
         h = silu(norm(x, partition.coords[:, 0], selection.offsets, selection.cu_blocks, impl))

@@ -339,7 +339,7 @@ def segment_mean(
         from .autograd.block_mean import block_mean as op
 
         return op(x, offsets, index, table, slots, extra)
-    if table is not None:
+    if table is not None and slots is not None:
         x = add_position(x, table, slots, impl=impl)
     return _PLAIN[impl].segment_mean(x, offsets, index, extra)
 

@@ -123,8 +123,8 @@ class SpatialSparseAttention(nn.Module):
         return q.unflatten(-1, shape_q), *(t.unflatten(-1, shape_k) for t in (k, v, k_cmp, v_cmp))
 
     def extra_repr(self) -> str:
-        names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "compression_block_size", "selection_block_size", "topk")
-        names += ("window_size", "window_shift", "compression", "impl")
+        names = ["hidden_size", "num_heads", "num_kv_heads", "head_dim", "compression_block_size", "selection_block_size", "topk"]
+        names += ["window_size", "window_shift", "compression", "impl"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def _forward_packed(self, x: Tensor, partition: VoxelPartition) -> Tensor:

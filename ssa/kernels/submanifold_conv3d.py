@@ -20,7 +20,7 @@ from .common import precision
 
 
 def _config(channels_in: int, channels_out: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes; the reduction runs over `in` by BLOCK_I. H200, 2026-11-22, 131,072 voxels, bf16: 0.10 ms at 64 → 64, 0.31 at 128 → 128."""
+    """Tile sizes; the reduction runs over `in` by BLOCK_I. H200, 2026-11-22, 131,072 rows, bf16: 0.10 ms at 64 → 64, 0.31 at 128 → 128."""
     block_i = min(max(triton.next_power_of_2(channels_in), 16), 64)
     if dtype == torch.float32:
         block_o = min(max(triton.next_power_of_2(channels_out), 16), 64)

@@ -5,9 +5,9 @@
 and `cameras.json` with the matrices and the convention.
 """
 
-import glob
 import json
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from reference_model.cameras import CONVENTION, Camera, bounding_radius, sample_cameras
 from reference_model.cli import optional_import, parse
-from reference_model.meshes import SUFFIXES, MeshError, load_mesh, normalize
+from reference_model.meshes import MeshError, load_mesh, normalize
+from reference_model.sources import find_sources
 
 CLAY = np.array([0.62, 0.57, 0.52])  # linear reflectance
 KEY = np.array([-0.45, -0.70, -0.55])  # towards the lights, in the camera's frame (x right, y down, z forward)
@@ -27,7 +28,7 @@ class Scene:
     """A mesh ready for rays; build it once, look at it often.
 
     vertices [V,3] float and faces [F,3] int, in the unit cube. Faces whose normals differ by less than `crease` degrees are shaded as one
-    smooth surface in colour; the normal picture always shows the faces themselves.
+    smooth surface in colour (0: none are); the normal picture always shows the faces themselves.
     """
 
     def __init__(self, vertices: NDArray, faces: NDArray, crease: float = 30.0):
@@ -37,11 +38,16 @@ class Scene:
         if not np.isfinite(vertices).all():
             raise ValueError("a scene needs finite vertices")
         self.vertices, self.faces = vertices, faces
-        weighted = np.cross(vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]])
+        weighted = _weighted_normals(vertices, faces)
         self.normals = weighted / np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-300)
-        self.corner_normals = _corner_normals(weighted, self.normals, faces, crease)
+        self.crease = crease
         self.embree = optional_import("embreex.rtcore_scene").EmbreeScene()
         optional_import("embreex.mesh_construction").TriangleMesh(self.embree, vertices.astype(np.float32), faces.astype(np.int32))
+
+    @cached_property
+    def corner_normals(self) -> NDArray:
+        """[F,3,3]: per corner the normal of its smooth surface."""
+        return _corner_normals(self.vertices, self.faces, self.normals, self.crease)
 
     def cast(self, origins: NDArray, directions: NDArray) -> tuple[NDArray, NDArray, NDArray]:
         """First hits of rays [N,3], [N,3]: face [N] int32 (-1: none), distance [N] in lengths of the direction (inf), barycentric [N,3]."""
@@ -93,8 +99,10 @@ class Scene:
         seen = face >= 0
         face, rays = face[seen], rays[seen]
         flat = _towards_viewer(self.normals[face], rays)
-        smooth = np.einsum("nc,ncx->nx", weights[seen], self.corner_normals[face])
-        smooth = _towards_viewer(smooth / np.maximum(np.linalg.norm(smooth, axis=1, keepdims=True), 1e-12), rays)
+        smooth = flat
+        if self.crease > 0:
+            smooth = np.einsum("nc,ncx->nx", weights[seen], self.corner_normals[face])
+            smooth = _towards_viewer(smooth / np.maximum(np.linalg.norm(smooth, axis=1, keepdims=True), 1e-12), rays)
         start = camera.position + rays * distance[seen, None] + flat * (2e-4 * camera.distance)
 
         def lit(direction: NDArray) -> NDArray:
@@ -158,8 +166,14 @@ def _sphere(count: int) -> NDArray:
     return np.stack([np.sqrt(1 - z * z) * np.cos(angle), np.sqrt(1 - z * z) * np.sin(angle), z], 1)
 
 
-def _corner_normals(weighted: NDArray, normals: NDArray, faces: NDArray, crease: float) -> NDArray:
+def _weighted_normals(vertices: NDArray, faces: NDArray) -> NDArray:
+    """[F,3], as long as twice the faces' areas."""
+    return np.cross(vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]])
+
+
+def _corner_normals(vertices: NDArray, faces: NDArray, normals: NDArray, crease: float) -> NDArray:
     """[F,3,3]: per corner the area-weighted sum over the faces at its vertex that differ by less than `crease` degrees."""
+    weighted = _weighted_normals(vertices, faces)
     order = np.argsort(faces.ravel(), kind="stable")
     vertex, face = faces.ravel()[order], order // 3
     total = weighted[face].copy()
@@ -177,18 +191,6 @@ def _corner_normals(weighted: NDArray, normals: NDArray, faces: NDArray, crease:
     corners = np.empty_like(total)
     corners[order] = total
     return corners.reshape(-1, 3, 3)
-
-
-def mesh_files(text: str) -> list[Path]:
-    """The mesh files that one path means: a file, a directory (searched to the bottom) or a glob; sorted. ValueError if there is none."""
-    path = Path(text)
-    if path.is_file():
-        return [path]
-    found = path.rglob("*") if path.is_dir() else (Path(p) for p in glob.glob(text, recursive=True))
-    files = sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
-        raise ValueError(f"no mesh file ({' '.join(SUFFIXES)}) at {text!r}")
-    return files
 
 
 def render_file(path: Path, out: Path, views: int, size: int, seed: int, samples: int, y_up: bool | None = None) -> None:
@@ -209,7 +211,7 @@ def render_file(path: Path, out: Path, views: int, size: int, seed: int, samples
 def main() -> int:
     config, paths = parse("render", ("meshes", "out"), required=("meshes", "out"))
     failed = 0
-    for path in (files := mesh_files(paths["meshes"])):
+    for path in (files := [source.path for source in find_sources(paths["meshes"])]):
         try:
             render_file(path, Path(paths["out"]) / path.name, config.views, config.size, config.seed, config.samples, config.y_up)
             print(f"{path.name}: {config.views} views")

@@ -1,0 +1,192 @@
+"""Tables of how well meshes are reproduced.
+
+`python -m reference_model.evaluate_meshes meshes=TRUTH out=DIRECTORY [resolution=[512,1024]]` sends every mesh through a volume and back
+without a network. With `results=PATH` (a file, or a directory with files of the same stem, in the frame of the true ones) it scores those,
+and the round trip beside them as the ceiling. Beside every score stands the sampling floor: the true mesh against itself, by other points.
+Writes `scores.json`, `scores.md` and `pictures/*.png`; scores are explained in `reference_model.metrics.compare`.
+"""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reference_model.cameras import bounding_radius, metric_cameras
+from reference_model.cli import optional_import, parse
+from reference_model.extract import extract_mesh
+from reference_model.meshes import SUFFIXES, MeshError, load_mesh, normalize
+from reference_model.metrics import THRESHOLDS, Surface, compare
+from reference_model.render import on_background, to_bytes
+from reference_model.sdf import mesh_to_volume
+from reference_model.sources import find_sources
+
+_COLUMNS = {
+    "f1@0.001": ("F1@.001", 1.0, 2), "f1@0.0002": ("F1@2e-4", 1.0, 2), "f1@0.005": ("F1@.005", 1.0, 2), "f1@0.01": ("F1@.01", 1.0, 2),
+    "chamfer": ("Chamfer e-4", 1e4, 3), "normal_consistency": ("normals %", 1.0, 2), "area_ratio": ("area", 1.0, 4),
+    "components": ("pieces", 1, 0), "genus": ("genus", 1, 0),
+    "sharp_edge_error": ("sharp edges e-4", 1.0, 1), "normal_psnr": ("PSNR-N dB", 1.0, 1),
+}  # fmt: skip
+_PICTURE_SCORES = ("sharp_edge_error", "normal_psnr")
+
+
+def round_trip(unit: NDArray, faces: NDArray, resolution: int, thickness: float | None, grid: int) -> tuple[Surface, dict[str, Any]]:
+    """The surface of a mesh's volume, both in the unit cube, and what was counted and timed on the way."""
+    start = time.perf_counter()
+    volume = mesh_to_volume(unit, faces, resolution, thickness=thickness)
+    built = time.perf_counter()
+    vertices, out_faces, report = extract_mesh(volume.coords, volume.values, resolution, volume.inside)
+    if len(out_faces) == 0:
+        raise MeshError(f"no surface left at {resolution=}")
+    facts = {
+        "voxels": len(volume.coords), "latents": len(volume.latents), "seconds_build": round(built - start, 2),
+        "seconds_extract": round(time.perf_counter() - built, 2), "missing_corners": report.missing_corners,
+        "disagreeing_cells": report.disagreeing_cells, "open_vertices": report.open_vertices, **volume.meta,
+    }  # fmt: skip
+    return Surface(vertices.cpu().numpy(), out_faces.cpu().numpy(), grid), facts
+
+
+def evaluate(path: Path, result: Path | None, resolution: int, config: Any, pictures: Path | None) -> dict[str, Any]:
+    """One row: facts and scores of a mesh file, its result (None: the round trip), the ceiling and the floor. MeshError as `load_mesh`."""
+    mesh = load_mesh(path, config.y_up)
+    unit, scale, offset = normalize(mesh)
+    truth = Surface(unit, mesh.faces, config.grid)
+    closed = bool(truth.topology.closed.all())
+    row: dict[str, Any] = {
+        "mesh": path.name, "faces": len(mesh.faces), "resolution": resolution, "closed": closed, "truth": truth.topology.summary(),
+        "thin_share": truth.thin_share(4.0 / resolution) if closed else None,
+    }  # fmt: skip
+    shown = {"truth": truth}
+    if result is None:
+        shown["result"], row["round_trip"] = round_trip(unit, mesh.faces, resolution, config.thickness, config.grid)
+    else:
+        other = load_mesh(result, config.y_up)
+        row["result"] = result.name
+        shown["result"] = Surface(other.vertices * scale + offset, other.faces, config.grid)
+        if config.ceiling:
+            shown["ceiling"], row["round_trip"] = round_trip(unit, mesh.faces, resolution, config.thickness, config.grid)
+    scored = {**shown, "floor": truth}
+    del scored["truth"]
+    row["scores"] = {name: compare(truth, surface, config.samples, config.seed, config.size) for name, surface in scored.items()}
+    if pictures:
+        pictures.mkdir(parents=True, exist_ok=True)
+        save_side_by_side(shown, pictures / f"{path.name}_{resolution}.png", f"{path.name} at {resolution}")
+    return row
+
+
+def save_side_by_side(surfaces: Mapping[str, Surface], path: Path, title: str, size: int = 448) -> None:
+    """A PNG with a column a surface: colour and normals from the front, normals from behind; last the angle to the truth's normals."""
+    image, draw = optional_import("PIL.Image"), optional_import("PIL.ImageDraw")
+    font = optional_import("PIL.ImageFont").load_default(18)
+    truth = surfaces["truth"]
+    front, _, _, back = metric_cameras(bounding_radius(truth.vertices))
+    columns, normals = [], {}
+    for name, surface in surfaces.items():
+        view = surface.scene.render(front, size)
+        normals[name] = [view["normal"], surface.scene.trace(back, size)["normal"]]
+        columns.append([on_background(view)] + [_on_white(n) for n in normals[name]])
+    for name in list(surfaces)[1:]:
+        errors = [_angle_picture(t, n) for t, n in zip(normals["truth"], normals[name], strict=True)]
+        columns.append([np.full((size, size, 3), 255, np.uint8), *errors])
+    sheet = image.new("RGB", (size * len(columns), 3 * size + 36), "white")
+    pen = draw.Draw(sheet)
+    labels = [*surfaces, *(f"{name} off by: grey 0°, red 15° and more" for name in list(surfaces)[1:])]
+    for x, (label, column) in enumerate(zip(labels, columns, strict=True)):
+        pen.text((x * size + 10, 8), f"{title}: {label}" if x == 0 else label, fill="black", font=font)
+        for y, picture in enumerate(column):
+            sheet.paste(image.fromarray(picture), (x * size, y * size + 36))
+    sheet.save(path)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """The tables: all surfaces, outer surfaces, and the worst of the closed meshes whose walls the grid can hold."""
+    kinds = [kind for kind in ("result", "ceiling", "floor") if any(kind in row["scores"] for row in rows)]
+    text = ["# Meshes: " + ("given results" if settings["results"] else "there and back without a network"), ""]
+    text += [f"`{settings['command']}`", "", f"{settings['versions']}; {settings['samples']:,} points each way, point to surface.", ""]
+    text += [f"A cell is {' / '.join(kinds)}; the floor is the true mesh against itself. thin: area with walls under 2 voxels.", ""]
+    for prefix, title in (("", "All surfaces"), ("outer_", "Outer surface only")):
+        names = [name for name in _COLUMNS if not (prefix and name in _PICTURE_SCORES)]
+        text += [f"## {title}", "", "| mesh | R | closed | thin % | " + " | ".join(_COLUMNS[name][0] for name in names) + " |"]
+        text += ["|---|---:|---|---:|" + "---|" * len(names)]
+        for row in rows:
+            cells = [" / ".join(_cell(row["scores"].get(kind, {}).get(prefix + name), name) for kind in kinds) for name in names]
+            closed, thin = ("yes", f"{row['thin_share']:.1f}") if row["closed"] else ("no", "")
+            text.append("| " + " | ".join([row["mesh"], str(row["resolution"]), closed, thin, *cells]) + " |")
+        text.append("")
+    text += ["## Worst of the closed meshes with less than 1 % of their area on walls under 2 voxels", ""]
+    for resolution in sorted({row["resolution"] for row in rows}):
+        held = [r for r in rows if r["resolution"] == resolution and r["closed"] and r["thin_share"] < 1.0]
+        if held:
+            scores = [r["scores"]["result"] for r in held]
+            worst = [f"F1@{t:g} {min(s[f'f1@{t}'] for s in scores):.2f}" for t in THRESHOLDS]
+            area = [s["area_ratio"] for s in scores]
+            worst += [f"normals {min(s['normal_consistency'] for s in scores):.2f}", f"area {min(area):.4f}-{max(area):.4f}"]
+            text.append(f"- {resolution} ({len(held)} meshes): {', '.join(worst)}")
+    return "\n".join(text) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, 1 where nothing could be scored."""
+    config, paths = parse("evaluate_meshes", ("meshes", "results", "out"), argv, required=("meshes", "out"))
+    out, results = Path(paths["out"]), Path(paths["results"]) if "results" in paths else None
+    versions = [f"{name} {optional_import(name).__version__}" for name in ("numpy", "torch", "trimesh")]
+    command = ["python -m reference_model.evaluate_meshes", *(sys.argv[1:] if argv is None else argv)]
+    settings: dict[str, Any] = {"command": " ".join(command), "samples": config.samples, "results": results is not None}
+    settings["versions"] = ", ".join([f"Python {platform.python_version()}", *versions])
+    out.mkdir(parents=True, exist_ok=True)
+    rows, left_out = [], []
+    for source in find_sources(paths["meshes"], exclude=out):
+        for resolution in [config.resolution] if isinstance(config.resolution, int) else config.resolution:
+            try:
+                result = None if results is None else _result_of(source.path, results)
+                rows.append(evaluate(source.path, result, resolution, config, out / "pictures" if config.pictures else None))
+            except MeshError as reason:
+                left_out.append({"mesh": source.path.name, "resolution": resolution, "reason": str(reason)})
+                print(f"{source.path.name}: {reason}", file=sys.stderr)
+            else:
+                scores = rows[-1]["scores"]["result"]
+                print(f"{source.path.name} at {resolution}: F1@.001 {scores['f1@0.001']:.2f}, area {scores['area_ratio']:.4f}", flush=True)
+            document = {"settings": settings, "rows": rows, "left_out": left_out}
+            (out / "scores.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+            (out / "scores.md").write_text(markdown(rows, settings), encoding="utf-8")
+            if results is not None:
+                break
+    return int(not rows)
+
+
+def _result_of(path: Path, results: Path) -> Path:
+    if results.is_file():
+        return results
+    found = sorted(p for p in results.iterdir() if p.stem == path.stem and p.suffix.lower() in SUFFIXES)
+    if len(found) != 1:
+        raise MeshError(f"{results} holds {len(found)} meshes of that stem, one is needed")
+    return found[0]
+
+
+def _cell(value: float | None, name: str) -> str:
+    _, factor, digits = _COLUMNS[name]
+    return "–" if value is None else f"{value * factor:.{digits}f}"
+
+
+def _on_white(normal: NDArray) -> NDArray[np.uint8]:
+    return to_bytes(np.where(normal.any(2, keepdims=True), normal * 0.5 + 0.5, 1.0))
+
+
+def _angle_picture(true: NDArray, seen: NDArray) -> NDArray[np.uint8]:
+    """Angle between normals: grey 0, red 15 degrees, dark red where only one of the two is seen."""
+    angle = np.degrees(np.arccos(np.clip((true * seen).sum(2), -1, 1)))
+    one, any_ = true.any(2) != seen.any(2), true.any(2) | seen.any(2)
+    share = np.clip(angle / 15.0, 0, 1)[..., None]
+    picture = np.array([0.93, 0.93, 0.93]) * (1 - share) + np.array([0.85, 0.12, 0.10]) * share
+    picture[one] = [0.45, 0.0, 0.0]
+    picture[~any_] = 1.0
+    return to_bytes(picture)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

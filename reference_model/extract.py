@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reference_model.mc_tables import CORNERS, EDGE_AXIS, EDGES, FACES, CaseTable, case_table
-from reference_model.tiles import CELL, Tiles, lattice
+from reference_model.tiles import CELL, Tiles, lattice, local_index
 
 _CHUNK = 2048  # tiles handled at once: a halo of 9^3 floats each is 6 MB
 _MARGIN = 1e-3  # least distance of a vertex from a grid point, in edges: vertices of different edges never coincide
@@ -69,9 +69,9 @@ class _Surface:
     def __post_init__(self) -> None:
         device = self.tiles.values.device
         point = lattice(_HALO, device)
-        octant = (point == CELL).long() @ torch.tensor([4, 2, 1], device=device)
-        local = (point % CELL) @ torch.tensor([64, 8, 1], device=device)
-        self.halo = (octant, local)  # where each point of a 9^3 halo lies: tile among OCTANTS, place in it
+        octant = ((point == CELL) * torch.tensor([4, 2, 1], device=device)).sum(1)
+        self.halo = (octant, local_index(point))  # where each point of a 9^3 halo lies: tile among OCTANTS, place in it
+        self.stride = torch.tensor([_HALO**2, _HALO, 1], device=device)
         self.corners = torch.tensor(CORNERS, device=device)
         self.ends = torch.tensor(EDGES, device=device)
         self.edge_axis = torch.tensor(EDGE_AXIS, device=device)
@@ -113,9 +113,8 @@ class _Surface:
             self.vertex_of.view(-1)[first * 3 * CELL**3 + place] = numbers
             tile, axis_of, local = place // (3 * CELL**3), place // CELL**3 % 3, place % CELL**3
             point = torch.stack((local // 64, local // 8 % 8, local % 8), 1)
-            start = (point * torch.tensor([81, 9, 1], device=v.device)).sum(1) + tile * _HALO**3
-            stride = torch.tensor([81, 9, 1], device=v.device)[axis_of]
-            self.add_vertices(latents[tile] * CELL + point, axis_of, v.view(-1)[start], v.view(-1)[start + stride])
+            start = (point * self.stride).sum(1) + tile * _HALO**3
+            self.add_vertices(latents[tile] * CELL + point, axis_of, v.view(-1)[start], v.view(-1)[start + self.stride[axis_of]])
         extra = wanted.view(-1) & (tiles.table == len(tiles.latents))
         cells = extra.view_as(wanted).nonzero() - 1
         self.cell_tiles = torch.cat((tiles.latents, cells))
@@ -129,8 +128,7 @@ class _Surface:
         self.num_vertices += len(points)
 
     def find_faces(self) -> None:
-        stride = torch.tensor([81, 9, 1], device=self.tiles.values.device)
-        around = self.corners @ stride
+        around = (self.corners * self.stride).sum(1)
         later: list[tuple[Tensor, Tensor, Tensor]] = []
         for first in range(0, len(self.cell_tiles), _CHUNK):
             latents = self.cell_tiles[first : first + _CHUNK]
@@ -155,14 +153,13 @@ class _Surface:
     def vertex_ids(self, rows: Tensor, tile: Tensor, base: Tensor) -> Tensor:
         """Vertices [n,12] on the edges of cells, -1 = none: rows [c,8] of their tiles, tile [n], place of the cell in the 9^3 halo [n]."""
         octant, local = self.halo
-        stride = torch.tensor([81, 9, 1], device=base.device)
-        start = base[:, None] + (self.corners[self.ends[:, 0]] @ stride)
+        start = base[:, None] + (self.corners[self.ends[:, 0]] * self.stride).sum(1)
         row = rows.view(-1)[tile[:, None] * 8 + octant[start]]
         return self.vertex_of.view(-1)[row * (3 * CELL**3) + local[start] + self.edge_axis * CELL**3]
 
     def add_faces(self, corners: Tensor, ids: Tensor) -> None:
         """Triangles of cells from the values of their corners [n,8] and the vertices on their edges [n,12]."""
-        case = (corners < 0).long() @ (1 << torch.arange(8, device=corners.device))
+        case = ((corners < 0) * (1 << torch.arange(8, device=corners.device))).sum(1)
         weight = self.table.weight[case]
         variant = self.table.first[case]
         rare = weight.any(1).nonzero().flatten()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from utils import DEVICE, DTYPES, GROUPS, HEAD_DIMS, IMPL, assert_choice, draw_qkv, nan_in_fresh_memory, random_partition
+from utils import DEVICE, DTYPES, GROUPS, HEAD_DIMS, IMPL, assert_choice, draw_qkv, nan_in_fresh_memory, opcheck, random_partition
 
 import ssa
 from ssa import naive
@@ -42,7 +42,7 @@ LAYOUTS = {
     "63 tokens": dict(counts=[63]),
     "111 tokens, equal block sizes": dict(counts=[111], m_cmp=4),
     "27 children a block": dict(counts=[111], m_cmp=1, m_slc=3),
-    "a tile and a half of blocks": dict(counts=[111], m_cmp=1, m_slc=2),
+    "many small blocks": dict(counts=[111], m_cmp=1, m_slc=2),
     "one token": dict(counts=[1]),
     "full blocks": dict(counts=[64], edge=4),
     "no token": dict(counts=[0]),
@@ -137,17 +137,9 @@ if IMPL == "triton":
         monkeypatch.setattr(kernels, "SCRATCH", 1)
         assert torch.equal(choose(q, k_cmp, partition, 4), before)
 
-    def test_more_blocks_than_stay_in_registers(monkeypatch):
-        from ssa.kernels import block_topk as kernels
-
-        monkeypatch.setattr(kernels, "MAX_RESIDENT", 8)
-        check(random_partition([111, 30], m_cmp=1, m_slc=2), 5)
-
     def test_opcheck():
-        from ssa.autograd.block_topk import block_topk
+        from ssa.autograd import block_topk as boundary
 
-        p = random_partition([30, 4])
-        q, _, _, k_cmp, _ = draw_qkv(p, 4, 2, 32, torch.float32)
-        _, lse = ssa.compression_attention(q, k_cmp, k_cmp, p, impl=IMPL)
-        args = (q, k_cmp, lse, p.cu_seqlens, p.selection.cu_blocks, p.child_offsets, p.fill_order, 8, 3, 0.2)
-        torch.library.opcheck(block_topk, args)
+        partition = random_partition([30, 4])
+        q, _, _, k_cmp, _ = draw_qkv(partition, 4, 2, 32, torch.float32)
+        opcheck(boundary, "block_topk", lambda: choose(q, k_cmp, partition, 3))

@@ -12,6 +12,7 @@ from utils import (
     compare,
     draw_qkv,
     nan_in_fresh_memory,
+    opcheck,
     random_choice,
     random_partition,
     run,
@@ -166,13 +167,11 @@ if IMPL == "triton":
         assert got == want
 
     def test_opcheck():
-        from ssa.autograd.selected_attention import selected_attention
+        from ssa.autograd import selected_attention as boundary
 
         partition = random_partition([30])
-        ids = random_choice(partition, 2, 2)
-        _, _, inputs = problem(partition, ids)
-        leaves = [x.requires_grad_() for x in inputs]
-        torch.library.opcheck(selected_attention, (*leaves, ids, partition.selection.offsets, 0.2))
+        fn, _, inputs = problem(partition, random_choice(partition, 2, 2))
+        opcheck(boundary, "selected_attention", lambda: fn(*[x.requires_grad_() for x in inputs]))
 
     def test_second_order_gradient_raises():
         partition = random_partition([5])

@@ -11,6 +11,8 @@ from utils import (
     compare,
     draw,
     draw_qkv,
+    largest,
+    opcheck,
     random_choice,
     random_coords,
     random_partition,
@@ -128,6 +130,11 @@ def test_runs_repeat_bitwise(dtype):
     assert_repeats(fn, inputs)
 
 
+def assert_same(got, want):
+    """Up to rounding: a row that chooses other blocks moves the rows beside it to other places of their tiles."""
+    assert largest(got - want) <= 8 * torch.finfo(got.dtype).eps * largest(want) and got.isfinite().all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_and_inf_stay_in_their_row_or_sample(name, value):
@@ -144,11 +151,11 @@ def test_nan_and_inf_stay_in_their_row_or_sample(name, value):
     assert not o[token == 1].isfinite().all(), "it must not be hidden"
     own_row_only = name in ("q", "gates")
     other = torch.arange(len(o), device=DEVICE) != row if own_row_only else token != 1
-    assert torch.equal(o[other], clean[0][other])
+    assert_same(o[other], clean[0][other])
     if own_row_only:
-        assert torch.equal(grads[0][other], clean_grads[0][other])
+        assert_same(grads[0][other], clean_grads[0][other])
     for got, want, sample in zip(grads, clean_grads, samples, strict=True):
-        assert torch.equal(got[sample != 1], want[sample != 1])
+        assert_same(got[sample != 1], want[sample != 1])
 
 
 @pytest.mark.parametrize("lost", NAMES)
@@ -162,3 +169,23 @@ def test_inputs_that_need_no_gradient(lost):
     _, grads = run(lambda *xs: fn(*xs[:i], inputs[i], *xs[i:]), kept)
     for got, want in zip(grads, all_grads[:i] + all_grads[i + 1 :], strict=True):
         assert torch.equal(got, want)
+
+
+if IMPL == "triton":
+
+    def test_opcheck():
+        from ssa.autograd import spatial_sparse_attention as boundary
+
+        for ids in (None, random_choice(random_partition([20, 3]), 2, 2)):
+            partition = random_partition([20, 3], shift=1)
+            _, _, inputs = problem(partition, 2)
+            leaves = [x.requires_grad_() for x in inputs]
+            call = lambda: ssa.spatial_sparse_attention(*leaves, partition, topk=2, topk_indices=ids, impl=IMPL)  # noqa: B023, E731
+            opcheck(boundary, "spatial_sparse_attention", call)
+
+    def test_second_order_gradient_raises():
+        fn, _, inputs = problem(random_partition([5]), 2)
+        leaves = [x.requires_grad_() for x in inputs]
+        (dq,) = torch.autograd.grad(fn(*leaves).sum(), leaves[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="second-order gradients are not supported"):
+            torch.autograd.grad(dq.sum(), leaves)

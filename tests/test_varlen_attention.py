@@ -2,7 +2,21 @@
 
 import pytest
 import torch
-from utils import DEVICE, DTYPES, GROUPS, HEAD_DIMS, IMPL, assert_repeats, compare, draw, draw_qkv, nan_in_fresh_memory, random_partition, run
+from utils import (
+    DEVICE,
+    DTYPES,
+    GROUPS,
+    HEAD_DIMS,
+    IMPL,
+    assert_repeats,
+    compare,
+    draw,
+    draw_qkv,
+    nan_in_fresh_memory,
+    opcheck,
+    random_partition,
+    run,
+)
 
 import ssa
 from ssa import naive
@@ -190,17 +204,18 @@ def test_nan_and_inf_stay_in_their_row_or_sample(branch, value, name):
         assert reached.all(), "a row that sees it must not hide it"
 
 
-def test_opcheck():
-    if IMPL == "triton":
-        from ssa.autograd.varlen_attention import varlen_attention
+if IMPL == "triton":
 
-        _, _, inputs = problem([20, 3], [5, 30])
-        leaves = [x.requires_grad_() for x in inputs]
-        torch.library.opcheck(varlen_attention, (*leaves, cu(20, 3), cu(5, 30), None, 0.2))
+    def test_opcheck():
+        from ssa.autograd import varlen_attention as boundary
 
+        fn, _, inputs = problem([20, 3], [5, 30])
+        opcheck(boundary, "varlen_attention", lambda: fn(*[x.requires_grad_() for x in inputs]))
+        partition = random_partition([20], shift=1)
+        q, k, v, _, _ = (x.requires_grad_() for x in draw_qkv(partition, 2, 1, 16, torch.float32))
+        opcheck(boundary, "varlen_attention", lambda: ssa.window_attention(q, k, v, partition, impl=IMPL))
 
-def test_second_order_gradient_raises():
-    if IMPL == "triton":
+    def test_second_order_gradient_raises():
         fn, _, inputs = problem([5], [7])
         leaves = [x.requires_grad_() for x in inputs]
         (dq,) = torch.autograd.grad(fn(*leaves)[0].sum(), leaves[0], create_graph=True)

@@ -1,0 +1,112 @@
+"""Every kernel compiles for sm_80, 89, 90 and 100 without a GPU, with the launch settings its launcher chooses, and its shared memory fits.
+
+The operations themselves run on CPU tensors with every launch replaced by a recorder: signatures, constants, warps and stages are the real
+ones. Limits: CUDA C++ programming guide, "Technical specifications per compute capability", shared memory of a thread block.
+"""
+
+import concurrent.futures
+import multiprocessing
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from utils import draw_qkv, random_coords
+
+import ssa
+from ssa import functional
+from ssa.kernels import block_mean, block_topk, gated_sum, position_table, selected_attention, submanifold_conv3d, varlen_attention
+
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
+FILES = [block_mean, block_topk, gated_sum, position_table, selected_attention, submanifold_conv3d, varlen_attention]
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
+OPTIONS = ("num_warps", "num_stages")
+
+
+def launches(head_dim: int, dtype: torch.dtype) -> list[tuple[JITFunction, dict]]:
+    """(kernel, arguments by name) of everything a forward and backward of all operations starts for this head size."""
+    recorded = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        recorded.append((self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", record)
+        patch.setattr(functional, "_choose", lambda impl, x: "triton")
+        for shift, m_cmp in ((0, 4), (4, 1)):  # windows of the blocks; windows of their own and many compression blocks a sample
+            coords = random_coords([1000], edge=16, low=0).cpu()
+            partition = ssa.partition_voxels(coords, compression_block_size=m_cmp, window_shift=shift)
+            q, k, v, k_cmp, v_cmp = (x.cpu().requires_grad_() for x in draw_qkv(partition, 16, 2, head_dim, dtype))
+            gates = torch.rand(1000, 16, 3).to(dtype).requires_grad_()
+            ssa.spatial_sparse_attention(q, k, v, k_cmp, v_cmp, gates, partition, topk=8).sum().backward()
+            outputs = ssa.window_attention(q, k, v, partition) + ssa.compression_attention(q, k_cmp, v_cmp, partition)
+            ids = torch.zeros(1000, 2, 8, dtype=torch.int32)
+            torch.cat([x.flatten() for x in (*outputs, *ssa.selected_attention(q, k, v, ids, partition))]).sum().backward()
+        x, table, slots = k.detach().flatten(1).requires_grad_(), torch.zeros(64, 2 * head_dim), torch.zeros(1000, dtype=torch.int32)
+        functional.add_position(x, table.requires_grad_(), slots).sum().backward()
+        blocks = partition.compression
+        functional.segment_mean(x, blocks.offsets, blocks.index, table=table, slots=slots).sum().backward()
+        kernel = torch.zeros(27, x.shape[1], x.shape[1], requires_grad=True)
+        ssa.submanifold_conv3d(x, kernel, torch.zeros(x.shape[1]), partition.neighbors).sum().backward()
+    return recorded
+
+
+def source(kernel: JITFunction, arguments: dict) -> tuple[tuple, dict]:
+    """What tells one compilation from another, as hashable parts, and its options."""
+    signature, constants, aligned = [], [], []
+    for i, param in enumerate(kernel.params):
+        value = arguments[param.name]
+        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not param.do_not_specialize):
+            signature.append((param.name, "constexpr"))
+            constants.append((i, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((param.name, TYPES[value.dtype]))
+            aligned.append(i)
+        else:
+            signature.append((param.name, "fp32" if isinstance(value, float) else "i32"))
+            if isinstance(value, int) and value % 16 == 0 and not param.do_not_specialize:
+                aligned.append(i)
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    return (tuple(signature), tuple(constants), tuple(aligned)), options
+
+
+def shared_memory(module: str, name: str, parts: tuple, options: dict, capability: int) -> tuple[str, int, int]:
+    """Compiles one kernel → (its name, capability, bytes of shared memory)."""
+    signature, constants, aligned = parts
+    kernel = getattr(__import__(f"ssa.kernels.{module}", fromlist=[name]), name)
+    compiled = triton.compile(
+        ASTSource(kernel, dict(signature), {(i,): c for i, c in constants}, {(i,): [["tt.divisibility", 16]] for i in aligned}),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
+    )
+    return f"{module}.{name}", capability, compiled.metadata.shared
+
+
+def jobs(head_dim: int, dtype: torch.dtype) -> set[tuple]:
+    found = set()
+    for kernel, arguments in launches(head_dim, dtype):
+        parts, options = source(kernel, arguments)
+        found.add((kernel.__module__.rsplit(".", 1)[1], kernel.__name__, parts, tuple(options.items())))
+    return found
+
+
+def kernels_of(file) -> set[str]:
+    return {x.__name__ for x in vars(file).values() if isinstance(x, JITFunction) and x.__name__.endswith("_kernel")}
+
+
+def test_the_recorder_sees_every_kernel():
+    seen = {(module, name) for module, name, *_ in jobs(64, torch.bfloat16)}
+    assert {(f.__name__.rsplit(".", 1)[1], name) for f in FILES for name in kernels_of(f)} <= seen
+
+
+def test_all_kernels_fit_every_chip():
+    work = set().union(*(jobs(d, dtype) for d in (32, 48, 64, 128) for dtype in (torch.bfloat16, torch.float32)))
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        ordered = [(m, n, parts, dict(options), c) for m, n, parts, options in sorted(work, key=str) for c in SHARED_KIB]
+        futures = [pool.submit(shared_memory, *job) for job in ordered]
+        results = [f.result() for f in futures]
+    assert len(results) == 4 * len(work) > 400
+    too_much = sorted({(name, c, size / 1024) for name, c, size in results if size > SHARED_KIB[c] * 1024})
+    assert not too_much, f"shared memory in KiB beyond the chip's: {too_much}"

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reference_model.cli import optional_import
+from reference_model.meshes import MeshError
 
 if TYPE_CHECKING:
     from reference_model.repair import Surface
 
 _OCTANTS = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), -1).reshape(-1, 3)
 _COARSE, _FINE = 64, 512
+_MOST_CELLS = 4_000_000
 _HALF_DIAGONAL = 3**0.5 / 2
 
 
@@ -29,15 +31,17 @@ def cap_holes(surface: "Surface", border: np.ndarray) -> tuple[np.ndarray, np.nd
     while True:
         centers = (2.0 * cells + 1) / level - 1
         radius = _HALF_DIAGONAL * 2 / level
+        to_rim = np.sqrt(rim.squared_distance(surface.hull_vertices, border, centers)[0])
         empty = np.isnan(surface.unsigned(centers, radius))
-        part = np.zeros(len(cells), np.bool_)  # the winding number is a fraction here
-        part[empty] = np.abs(surface.winding(centers[empty]) - 0.5) < 0.3
+        part = np.zeros(len(cells), np.bool_)  # the level 1/2 may pass: at r from a rim the winding number changes by 1 / (2 pi r)
+        part[empty] = np.abs(surface.winding(centers[empty]) - 0.5) < 0.4 * radius / to_rim[empty]
         if level == _FINE:
             cells = cells[part]
             break
-        on_rim = rim.squared_distance(surface.hull_vertices, border, centers)[0] <= radius**2
-        cells = (cells[part | on_rim][:, None] * 2 + _OCTANTS).reshape(-1, 3)
+        cells = (cells[part | (to_rim <= radius)][:, None] * 2 + _OCTANTS).reshape(-1, 3)
         level *= 2
+        if len(cells) > _MOST_CELLS:
+            raise MeshError("its holes are too many or too large to close")
     if len(cells) == 0:
         return np.zeros((0, 3)), np.zeros((0, 3), np.int64)
     corner = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1]])

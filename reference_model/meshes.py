@@ -70,7 +70,7 @@ def save_mesh(path: str | os.PathLike[str], vertices: np.ndarray, faces: np.ndar
     vertices = np.asarray(vertices, np.float64)
     mesh = trimesh.Trimesh(turn_y_up(vertices) if y_up or suffix == ".glb" else vertices, np.asarray(faces), process=False)
     data = mesh.export(file_type=suffix[1:])
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")
     part.write_bytes(data.encode() if isinstance(data, str) else data)
     os.replace(part, path)
 

@@ -21,12 +21,13 @@ from reference_model.cli import optional_import
 from reference_model.closing import cap_holes
 from reference_model.meshes import MeshError
 
-SEEN = 0.1  # share of free rays on both sides that makes a sheet
+SEEN = 0.2  # an open patch is a sheet where this share of the rays that are free on one side are free on the other
 _HIDDEN = 0.005  # below this on both sides a patch is not seen
 _EPS = 2e-5  # distance of a test point from its face
 _RAYS = 32
 _SAMPLES = 20_000
-_SPLIT = 1 / 256  # faces that bound only in part are split to this length
+_SPLIT = 1 / 64  # faces that bound only in part are split to this length
+_MOST_SPLIT = 40_000  # faces split at once: more are kept whole, which adds band voxels inside the solid but no boundary
 _CENTER = [(1 / 3, 1 / 3, 1 / 3)]
 _CORNERS = [(0.9, 0.05, 0.05), (0.05, 0.9, 0.05), (0.05, 0.05, 0.9)]
 
@@ -89,7 +90,7 @@ def resolve_surface(vertices: np.ndarray, faces: np.ndarray, thickness: float) -
     turned = _as_filed(turned, faces, patch, area)
     front, back = _openness(vertices, turned, patch, area)
     border = _border_patches(turned, patch)
-    sheet = (np.minimum(front, back) > SEEN) & border
+    sheet = (np.minimum(front, back) > np.maximum(SEEN * np.maximum(front, back), _HIDDEN)) & border
     hidden = np.maximum(front, back) < _HIDDEN
     flip = (back > front) & ~sheet & ~hidden
     patch_area = np.bincount(patch, area, len(front))
@@ -101,6 +102,7 @@ def resolve_surface(vertices: np.ndarray, faces: np.ndarray, thickness: float) -
     elif flipped >= 0.9:
         flip |= hidden
     turned[flip[patch]] = turned[flip[patch]][:, [1, 0, 2]]
+    sheet |= _encloses_nothing(vertices, turned, patch, border & ~sheet & ~dropped, ~sheet & ~dropped)
     hull = np.ascontiguousarray(turned[~sheet[patch] & ~dropped[patch]])
     sheets = np.ascontiguousarray(turned[sheet[patch]])
     report = {
@@ -183,8 +185,7 @@ def _openness(vertices: np.ndarray, faces: np.ndarray, patch: np.ndarray, area: 
     weights = rng.dirichlet((1.0, 1.0, 1.0), len(face))
     points = np.einsum("nk,nkd->nd", weights, vertices[faces[face]])
     normal = _normals(vertices, faces)[face]
-    scene = optional_import("embreex.rtcore_scene").EmbreeScene()
-    optional_import("embreex.mesh_construction").TriangleMesh(scene, vertices.astype(np.float32), faces.astype(np.int32))
+    scene = _scene(vertices, faces)
     shares = []
     for side in (1.0, -1.0):
         out = side * normal
@@ -198,6 +199,24 @@ def _openness(vertices: np.ndarray, faces: np.ndarray, patch: np.ndarray, area: 
             free += scene.run(origin, ray.astype(np.float32), query="OCCLUDED") < 0
         shares.append(np.bincount(owner, free, count) / (_RAYS * np.bincount(owner, minlength=count)))
     return shares[0], shares[1]
+
+
+def _encloses_nothing(vertices: np.ndarray, faces: np.ndarray, patch: np.ndarray, asked: np.ndarray, solid: np.ndarray) -> np.ndarray:
+    """[P] bool: of the patches asked, those whose winding numbers before and behind average less than 1/4 (boundary: 1/2, lone sheet: 0)."""
+    nothing = np.zeros_like(asked)
+    if not asked.any():
+        return nothing
+    hull = np.ascontiguousarray(faces[solid[patch]])
+    surface = Surface(vertices, hull, vertices, hull, hull[:0], 0.0, False)
+    of = np.flatnonzero(asked[patch])
+    of = of[np.random.default_rng(0).permutation(len(of))]
+    of = of[np.argsort(patch[of], kind="stable")]
+    rank = np.arange(len(of)) - np.searchsorted(patch[of], patch[of])
+    of = of[rank < 64]
+    before = surface.winding(vertices[faces[of]].mean(1) + _EPS * _normals(vertices, faces[of]))
+    area = _areas(vertices, faces[of])
+    middle = np.bincount(patch[of], area * (before + 0.5), len(asked)) / np.maximum(np.bincount(patch[of], area, len(asked)), 1e-300)
+    return asked & (middle < 0.25)
 
 
 def _bounding_faces(surface: Surface) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -217,8 +236,8 @@ def _bounding_faces(surface: Surface) -> tuple[np.ndarray, np.ndarray, bool]:
     faces = faces[unsure]
     while len(faces):
         bounds = _bounds(surface, vertices, faces, _CENTER + _CORNERS)
-        split = (bounds.any(1) & ~bounds.all(1)) & (_longest(vertices, faces) > _SPLIT)
-        done.append(faces[~split & bounds[:, 0]])
+        split = (bounds.any(1) & ~bounds.all(1)) & (_longest(vertices, faces) > _SPLIT) & (len(faces) < _MOST_SPLIT)
+        done.append(faces[~split & bounds.any(1)])
         vertices, faces = _split(vertices, faces[split])
     return vertices, np.concatenate(done), False
 
@@ -238,10 +257,36 @@ def _bounds(surface: Surface, vertices: np.ndarray, faces: np.ndarray, weights: 
 
 
 def _split(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each face into four at the middles of its edges."""
-    middles = (vertices[faces] + vertices[np.roll(faces, -1, 1)]) / 2
-    n = len(vertices) + np.arange(len(faces) * 3).reshape(-1, 3)
-    ab, bc, ca = n.T
-    a, b, c = faces.T
-    four = np.stack((np.stack((a, ab, ca), 1), np.stack((b, bc, ab), 1), np.stack((c, ca, bc), 1), np.stack((ab, bc, ca), 1)), 1)
-    return np.concatenate((vertices, middles.reshape(-1, 3))), four.reshape(-1, 3)
+    """Each face into two at the middle of its longest edge."""
+    corners = vertices[faces]
+    edge = np.argmax(np.linalg.norm(corners - np.roll(corners, -1, 1), axis=2), 1)
+    a, b, c = np.take_along_axis(faces, (edge[:, None] + np.arange(3)) % 3, 1).T
+    middle = len(vertices) + np.arange(len(faces))
+    halves = np.stack((np.stack((a, middle, c), 1), np.stack((middle, b, c), 1)), 1)
+    return np.concatenate((vertices, (vertices[a] + vertices[b]) / 2)), halves.reshape(-1, 3)
+
+
+def wall_thickness(surface: Surface, samples: int = 4096) -> np.ndarray:
+    """Thickness [n] of the solid's walls in the unit cube: from random points of its boundary straight in to the next face (2 if none).
+
+    Sheets count with the thickness they are given. The 5 % quantile is what preparation lists.
+    """
+    rng = np.random.default_rng(0)
+    area, sheet_area = _areas(surface.vertices, surface.faces), _areas(surface.hull_vertices, surface.sheets)
+    total = area.sum() + 2 * sheet_area.sum()
+    thin = round(samples * 2 * sheet_area.sum() / total)
+    walls = np.full(samples, surface.thickness)
+    if thin == samples:
+        return walls
+    face = rng.choice(len(area), samples - thin, p=area / area.sum())
+    point = np.einsum("nk,nkd->nd", rng.dirichlet((1.0, 1.0, 1.0), len(face)), surface.vertices[surface.faces[face]])
+    inward = -_normals(surface.vertices, surface.faces)[face]
+    hit = _scene(surface.vertices, surface.faces).run((point + _EPS * inward).astype(np.float32), inward.astype(np.float32), output=1)
+    walls[thin:] = np.where(hit["primID"] >= 0, hit["tfar"], 2.0)
+    return walls
+
+
+def _scene(vertices: np.ndarray, faces: np.ndarray) -> Any:
+    scene = optional_import("embreex.rtcore_scene").EmbreeScene()
+    optional_import("embreex.mesh_construction").TriangleMesh(scene, vertices.astype(np.float32), faces.astype(np.int32))
+    return scene

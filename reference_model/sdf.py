@@ -5,6 +5,7 @@ cells are refined in chunks, so memory follows the band of one chunk and never t
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ def mesh_to_volume(
     faces: np.ndarray,
     resolution: int,
     *,
-    thickness: float = 4 / 512,
+    thickness: float | None = None,
     sharp_angle: float = 15.0,
     scale: float = 1.0,
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0),
@@ -33,13 +34,18 @@ def mesh_to_volume(
     """Volume of a mesh given in the unit cube: vertices [V,3] float64 in [-1,1], faces [F,3] int64.
 
     Closed meshes get the exact signed distance. Others are made closed first (`resolve_surface`); open sheets become solids of
-    `thickness` (unit cube). `sharp_angle` in degrees marks edges by the angle between their faces' normals.
+    `thickness` (unit cube; None: 1/128, at least two voxels). `sharp_angle` in degrees marks edges by the angle of their faces' normals.
     MeshError where no volume can be made; ValueError for vertices outside the cube.
     """
     if len(vertices) and np.abs(vertices).max() > 1:
         raise ValueError(f"vertices must lie in [-1,1]^3, got {float(np.abs(vertices).max())=}")
-    surface = resolve_surface(vertices, faces, thickness)
+    surface = resolve_surface(vertices, faces, sheet_thickness(resolution) if thickness is None else thickness)
     return surface_to_volume(surface, resolution, sharp_angle=sharp_angle, scale=scale, offset=offset, y_up=y_up, meta=meta)
+
+
+def sheet_thickness(resolution: int) -> float:
+    """Default thickness of open sheets: 1/128 of the cube's half edge, at least two voxels, the least a grid can hold."""
+    return max(TAU, 4 / resolution)
 
 
 def surface_to_volume(
@@ -54,8 +60,8 @@ def surface_to_volume(
 ) -> Volume:
     """Volume of a resolved surface, as `mesh_to_volume`."""
     cells = _candidate_cells(surface, resolution)
-    latents, values, places, inside = [], [], [], []
-    conflicts = 0
+    latents: list[np.ndarray] = []
+    values, places, inside, conflicts = [], [], [], 0
     for chunk in range(0, len(cells), _CHUNK):
         part = cells[chunk : chunk + _CHUNK]
         tile, torn = _distance_tiles(surface, part, resolution)
@@ -136,19 +142,21 @@ def _distance_tiles(surface: Surface, cells: np.ndarray, resolution: int) -> tup
     points = _centers(fine, resolution)
     h = 2 / resolution
     bound = max(TAU, h) * 1.001  # a voxel exactly tau away must know its own side
-    tile = np.full(len(cells) * CELL**3, np.nan, np.float32)
-    tile[place] = surface.signed(points, bound) if surface.exact else surface.unsigned(points, bound)
-    tile = tile.reshape(-1, CELL, CELL, CELL)
+    measured = np.full(len(cells) * CELL**3, np.nan, np.float32)
+    measured[place] = surface.signed(points, bound) if surface.exact else surface.unsigned(points, bound)
+    tile = measured.reshape(-1, CELL, CELL, CELL)
     joined = _joined(tile, bound, h)
-    sign = _spread_signs(np.where(np.isnan(tile), 0, np.sign(tile + 1e-30)).astype(np.int8), joined) if surface.exact else \
-        _ask_signs(surface, cells, tile, joined, resolution)
+    if surface.exact:
+        sign = _spread_signs(np.where(np.isnan(tile), 0, np.where(tile < 0, -1, 1)).astype(np.int8), joined)
+    else:
+        sign = _ask_signs(surface, cells, tile, joined, resolution)
     conflicts = sum(int((j & (sign[low] * sign[high] < 0)).sum()) for j, (low, high) in zip(joined, _pairs(), strict=True))
-    tile = np.copysign(np.where(np.isnan(tile), np.inf, tile), sign).reshape(len(cells), -1)
+    signed = np.copysign(np.where(np.isnan(tile), np.inf, tile), sign).reshape(len(cells), -1)
     if len(surface.sheets):
-        sheet = np.full(tile.size, np.inf, np.float32)
+        sheet = np.full(signed.size, np.inf, np.float32)
         sheet[place] = surface.sheet_distance(points, bound)
-        tile = np.fmin(tile, sheet.reshape(tile.shape))
-    return tile, conflicts
+        signed = np.fmin(signed, sheet.reshape(signed.shape))
+    return signed, conflicts
 
 
 def _pairs() -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
@@ -165,7 +173,7 @@ def _joined(tile: np.ndarray, bound: float, h: float) -> list[np.ndarray]:
 
 def _spread_signs(sign: np.ndarray, joined: list[np.ndarray]) -> np.ndarray:
     """Give unknown signs (0) of tiles [n,8,8,8] int8 those of their joined neighbours, in place."""
-    full = (slice(None),) * 4
+    full: tuple[Any, ...] = (slice(None),) * 4
     todo = np.flatnonzero((sign == 0).any((1, 2, 3)))
     while len(todo):
         work, link = sign[todo], [j[todo] for j in joined]

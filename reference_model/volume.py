@@ -119,27 +119,35 @@ def save_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
         "offset": json.dumps([float(x) for x in volume.offset]), "y_up": json.dumps(volume.y_up), "meta": json.dumps(dict(volume.meta)),
     }  # fmt: skip
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")
     save_file(tensors, part, header)
     os.replace(part, path)
 
 
 def load_volume(path: str | os.PathLike[str]) -> Volume:
     """Read a volume (CPU tensors); ValueError names what breaks the schema of the module's docstring."""
-    from safetensors import SafetensorError, safe_open
+    try:
+        return volume_from_bytes(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def volume_from_bytes(data: bytes) -> Volume:
+    """The volume in the bytes of a file, as `load_volume`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != _FORMAT or header.get("version") != _VERSION:
-                raise ValueError(f"{path}: not a version {_VERSION} volume: {header.get('format')=}, {header.get('version')=}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a volume: {error}") from error
+        raise ValueError(f"not a volume: {error}") from error
+    if header.get("format") != _FORMAT or header.get("version") != _VERSION:
+        raise ValueError(f"not a volume of version {_VERSION}: {header.get('format')=}, {header.get('version')=}")
     try:
         return _decode(tensors, header)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{error} is missing") from error
 
 
 def _decode(tensors: dict[str, Tensor], header: dict[str, str]) -> Volume:

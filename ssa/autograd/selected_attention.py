@@ -12,22 +12,22 @@ def queries_per_chunk(q: Tensor, topk_indices: Tensor) -> int:
     return chunk_queries(q.shape[1], q.shape[2], topk_indices.shape[2], q.element_size())
 
 
-def fake_inverse_map(q: Tensor, topk_indices: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Shapes of csr_offsets and csr_indices."""
+def fake_inverse_map(q: Tensor, topk_indices: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of csr_offsets, csr_indices and chunks."""
     t, hkv, topk = topk_indices.shape
-    chunk = queries_per_chunk(q, topk_indices)
-    buckets = (t + chunk - 1) // chunk * hkv * (offsets.shape[0] - 1)
-    return offsets.new_empty((buckets + 1,)), offsets.new_empty((t * hkv * topk,))
+    chunk, buckets = queries_per_chunk(q, topk_indices), hkv * (offsets.shape[0] - 1)
+    chunks = offsets.new_empty((2, (t + chunk - 1) // chunk * buckets + 1))
+    return offsets.new_empty((buckets + 1,)), offsets.new_empty((t * hkv * topk,)), chunks
 
 
 @torch.library.custom_op("ssa::selected_attention", mutates_args=())
 def selected_attention(
     q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, softmax_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v, topk_indices = (x.contiguous() for x in (q, k, v, topk_indices))
     chunk = queries_per_chunk(q, topk_indices)
     csr = invert(topk_indices, offsets.shape[0] - 1, chunk)
-    return *selected_attention_forward(q, k, v, topk_indices, offsets, *csr, chunk, softmax_scale), *csr
+    return *selected_attention_forward(q, k, v, topk_indices, offsets, *csr[1:], chunk, softmax_scale), *csr
 
 
 @selected_attention.register_fake
@@ -39,18 +39,18 @@ def _(q, k, v, topk_indices, offsets, softmax_scale):
 @torch.library.custom_op("ssa::selected_attention_backward", mutates_args=())
 def _backward_op(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, topk_indices: Tensor, offsets: Tensor,
-    csr_offsets: Tensor, csr_indices: Tensor, softmax_scale: float,
+    csr_offsets: Tensor, csr_indices: Tensor, chunks: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     do, dlse, q, k, v, topk_indices = (x.contiguous() for x in (do, dlse, q, k, v, topk_indices))
     delta = attention_delta(o, do, dlse)
     chunk = queries_per_chunk(q, topk_indices)
     return selected_attention_backward(
-        q, k, v, do, lse, delta, topk_indices, offsets, csr_offsets, csr_indices, chunk, softmax_scale
+        q, k, v, do, lse, delta, topk_indices, offsets, csr_offsets, csr_indices, chunks, chunk, softmax_scale
     )
 
 
 @_backward_op.register_fake
-def _(do, dlse, q, k, v, o, lse, topk_indices, offsets, csr_offsets, csr_indices, softmax_scale):
+def _(do, dlse, q, k, v, o, lse, topk_indices, offsets, csr_offsets, csr_indices, chunks, softmax_scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -59,9 +59,8 @@ first_order_only(_backward_op)
 
 def _setup_context(ctx, inputs, output):
     q, k, v, topk_indices, offsets, ctx.softmax_scale = inputs
-    o, lse, csr_offsets, csr_indices = output
-    ctx.mark_non_differentiable(csr_offsets, csr_indices)
-    ctx.save_for_backward(q, k, v, o, lse, topk_indices, offsets, csr_offsets, csr_indices)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(q, k, v, *output[:2], topk_indices, offsets, *output[2:])
 
 
 def _backward(ctx, do, dlse, *_):

@@ -20,7 +20,7 @@ def spatial_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, topk_indices: Tensor | None, cu_seqlens: Tensor,
     cu_compression: Tensor, cu_selection: Tensor, child_offsets: Tensor, fill_order: Tensor, offsets: Tensor, cu_window: Tensor,
     window_index: Tensor | None, topk: int, softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, k_cmp, v_cmp, gates = (x.contiguous() for x in (q, k, v, k_cmp, v_cmp, gates))
     o_cmp, lse_cmp = varlen_attention_forward(q, k_cmp, v_cmp, cu_seqlens, cu_compression, None, softmax_scale)
     if topk_indices is None:
@@ -29,7 +29,7 @@ def spatial_sparse_attention(
         topk_indices = topk_indices.clone(memory_format=torch.contiguous_format)
     chunk = queries_per_chunk(q, topk_indices)
     csr = invert(topk_indices, offsets.shape[0] - 1, chunk)
-    o_slc, lse_slc = selected_attention_forward(q, k, v, topk_indices, offsets, *csr, chunk, softmax_scale)
+    o_slc, lse_slc = selected_attention_forward(q, k, v, topk_indices, offsets, *csr[1:], chunk, softmax_scale)
     o_win, lse_win = varlen_attention_forward(q, k, v, cu_window, cu_window, window_index, softmax_scale)
     o = gated_sum_forward(o_cmp, o_slc, o_win, gates)
     return o, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, topk_indices, *csr
@@ -50,7 +50,7 @@ def _(
 def _backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, o_cmp: Tensor, o_slc: Tensor,
     o_win: Tensor, lse_cmp: Tensor, lse_slc: Tensor, lse_win: Tensor, topk_indices: Tensor, csr_offsets: Tensor, csr_indices: Tensor,
-    cu_seqlens: Tensor, cu_compression: Tensor, offsets: Tensor, cu_window: Tensor, window_index: Tensor | None, softmax_scale: float,
+    chunks: Tensor, cu_seqlens: Tensor, cu_compression: Tensor, offsets: Tensor, cu_window: Tensor, window_index: Tensor | None, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     do, q, k, v, k_cmp, v_cmp, gates = (x.contiguous() for x in (do, q, k, v, k_cmp, v_cmp, gates))
     dos, deltas, dgates = gated_sum_backward(do, [o_cmp, o_slc, o_win], gates)
@@ -58,8 +58,8 @@ def _backward_op(
         q, k_cmp, v_cmp, dos.pop(0), lse_cmp, deltas[0], cu_seqlens, cu_compression, None, softmax_scale
     )
     grads = selected_attention_backward(
-        q, k, v, dos.pop(0), lse_slc, deltas[1], topk_indices, offsets, csr_offsets, csr_indices, queries_per_chunk(q, topk_indices),
-        softmax_scale, out=(dq, None, None),
+        q, k, v, dos.pop(0), lse_slc, deltas[1], topk_indices, offsets, csr_offsets, csr_indices, chunks,
+        queries_per_chunk(q, topk_indices), softmax_scale, out=(dq, None, None),
     )  # fmt: skip
     dq, dk, dv = varlen_attention_backward(
         q, k, v, dos.pop(0), lse_win, deltas[2], cu_window, cu_window, window_index, softmax_scale, out=grads

@@ -20,9 +20,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_tiles", "steps"])
-def _tile_map_kernel(cu_ptr, out_ptr, num_segments, num_tiles, steps, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr):
+def _tile_map_kernel(cu_ptr, starts_ptr, out_ptr, num_segments, num_tiles, steps, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr):
     chunk = tl.program_id(1)
     cu_ptr += chunk * num_segments
+    starts_ptr += chunk * num_segments
     out_ptr += chunk * num_tiles * 3
     base = tl.load(cu_ptr)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -34,25 +35,26 @@ def _tile_map_kernel(cu_ptr, out_ptr, num_segments, num_tiles, steps, BLOCK_Q: t
         lo = tl.where(below, mid, lo)
         hi = tl.where(below, hi, mid)
     start = tl.load(cu_ptr + lo)
-    first = start + (tile - ((start - base) // BLOCK_Q + lo)) * BLOCK_Q
-    count = tl.minimum(tl.maximum(tl.load(cu_ptr + lo + 1) - first, 0), BLOCK_Q)
+    before = (tile - ((start - base) // BLOCK_Q + lo)) * BLOCK_Q
+    count = tl.minimum(tl.maximum(tl.load(cu_ptr + lo + 1) - start - before, 0), BLOCK_Q)
     real = tile < num_tiles
     tl.store(out_ptr + tile, lo, mask=real)
-    tl.store(out_ptr + num_tiles + tile, first, mask=real)
+    tl.store(out_ptr + num_tiles + tile, tl.load(starts_ptr + lo) + before, mask=real)
     tl.store(out_ptr + 2 * num_tiles + tile, count, mask=real)
 
 
-def tile_map(cu: Tensor, total: int, block_q: int, chunks: int = 1) -> Tensor:
+def tile_map(cu: Tensor, total: int, block_q: int, chunks: int = 1, starts: Tensor | None = None) -> Tensor:
     """(segment of the chunk, first position, number of positions) of every tile: [chunks, 3, tiles] int32.
 
-    cu [chunks · n + 1] int32: where the n segments of every chunk begin; no chunk holds more than `total` positions.
+    cu [chunks · n + 1] int32: running size of the n segments of every chunk; no chunk holds more than `total` positions.
+    starts [chunks · n]: where the segments begin, if not at cu.
     """
     n = (cu.shape[0] - 1) // chunks
     num_tiles = total // block_q + n if n else 0
     out = torch.empty(chunks, 3, num_tiles, dtype=torch.int32, device=cu.device)
     if num_tiles:
         grid = (triton.cdiv(num_tiles, 256), chunks)
-        _tile_map_kernel[grid](cu, out, n, num_tiles, n.bit_length(), BLOCK_Q=block_q, BLOCK=256, num_warps=2)
+        _tile_map_kernel[grid](cu, cu if starts is None else starts, out, n, num_tiles, n.bit_length(), BLOCK_Q=block_q, BLOCK=256, num_warps=2)
     return out
 
 

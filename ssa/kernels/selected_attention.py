@@ -1,14 +1,15 @@
 """Selected attention: every (query, key/value head) attends to all tokens of the selection blocks it chose.
 
 Block-major: a tile holds (query, head) rows that chose one block, so K and V are read once for BLOCK_M rows instead of once a query.
-Each (query, chosen block) pair is an *entry* e = (t Hkv + kv) topk + slot; the inverse map sorts entries stably by bucket
-(chunk of queries, kv, block): csr_indices lists them, csr_offsets says where each bucket begins, −1 ids come last.
+Each (query, chosen block) pair is an *entry* e = (t Hkv + kv) topk + slot; the inverse map sorts entries stably by bucket (kv, block):
+csr_indices lists them, csr_offsets says where each bucket begins, −1 ids come last.
 
     topk_indices of 3 queries, topk 2, S 2:  [1 −] [0 1] [1 −]       csr_offsets 0 1 4     csr_indices 2 | 0 3 4 | (1 5)
 
 forward   o_e, lse_e of one block a row   →  combine: lse = log Σ_e exp(lse_e), o = Σ_e exp(lse_e − lse) o_e
-backward  dq_e a row → summed over slots; dk, dv: one program a key tile, over the rows of its bucket, chunk after chunk
-Partial results live for one chunk of queries at a time (at most SCRATCH bytes). No atomics: two runs are bitwise equal.
+backward  dq_e a row → summed over slots; dk, dv: the kernel of varlen_attention.py, a segment being a block and its bucket
+Partial results live for one chunk of queries at a time (at most SCRATCH bytes): `chunks` [2, chunks · Hkv · S + 1] holds, chunk after
+chunk, the running size of its share of every bucket and where the share begins. No atomics: two runs are bitwise equal.
 q, o [T,Hq,D]; k, v [T,Hkv,D]; topk_indices [T,Hkv,topk] int32; offsets [S+1] int32; lse, delta [T,Hq] fp32.
 Source: arXiv 2505.17412, Algorithm 1, inverted; inverse map as in fla-org/flash-linear-attention.
 """
@@ -19,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import LOG2E, block_d, load_rows, load_tile, precision, store_rows, tile_map
-from .inner import dkv_rows, dq_keys, forward_rows, packed_rows
-from .varlen_attention import largest_norm
+from .inner import dq_keys, forward_rows, packed_rows
+from .varlen_attention import largest_norm, launch_dkv
 
 SCRATCH = 160 * 2**20
 MAX_SPLITS = 4
@@ -30,8 +31,8 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
     if kernel == "dkv":
-        return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
-    return dict(BLOCK_M=128, BLOCK_N=32, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
+        return dict(BLOCK_M=128 if head_dim <= 64 else 64, BLOCK_N=64, num_warps=4, num_stages=2)
+    return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=3)
 
 
 def chunk_queries(num_heads: int, head_dim: int, topk: int, itemsize: int) -> int:
@@ -39,16 +40,24 @@ def chunk_queries(num_heads: int, head_dim: int, topk: int, itemsize: int) -> in
     return max(1, SCRATCH // (num_heads * topk * (head_dim * itemsize + 4)))
 
 
-def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """The inverse map: csr_offsets [chunks · Hkv · S + 1], csr_indices [T · Hkv · topk], both int32, by one stable sort."""
+def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse map: csr_offsets [Hkv · S + 1], csr_indices [T · Hkv · topk] and chunks, all int32, by one stable sort."""
     t, hkv, topk = topk_indices.shape
-    chunks = triton.cdiv(t, chunk)
-    device = topk_indices.device
-    place = torch.arange(t, device=device, dtype=torch.int32)[:, None] // chunk * hkv + torch.arange(hkv, device=device, dtype=torch.int32)
-    bucket = torch.where(topk_indices >= 0, topk_indices + (place * num_blocks)[..., None], chunks * hkv * num_blocks)
+    n, num_chunks, device = hkv * num_blocks, triton.cdiv(t, chunk), topk_indices.device
+    head = torch.arange(0, n, max(1, num_blocks), device=device, dtype=torch.int32)[:hkv, None]
+    bucket = torch.where(topk_indices >= 0, topk_indices + head, n)
     bucket, entries = torch.sort(bucket.flatten(), stable=True)
-    buckets = torch.arange(chunks * hkv * num_blocks + 1, device=device, dtype=torch.int32)
-    return torch.searchsorted(bucket, buckets, out_int32=True), entries.int()
+    offsets = torch.searchsorted(bucket, torch.arange(n + 1, device=device, dtype=torch.int32), out_int32=True)
+    if num_chunks <= 1:
+        return offsets, entries.int(), torch.stack([offsets, offsets])[:, : num_chunks * n + 1]
+    # entries of a bucket ascend, so (bucket, entry) pairs do too: a chunk's share of a bucket begins at the pair (bucket, its first entry)
+    first = torch.arange(num_chunks + 1, device=device)[:, None] * (chunk * hkv * topk)
+    pair = torch.arange(n, device=device) * 2**32 + first
+    share = torch.searchsorted(bucket.long() * 2**32 + entries, pair, out_int32=True)  # [chunks + 1, n]
+    share[-1] = offsets[1:]
+    size = torch.diff(share, dim=0).flatten().cumsum(0, dtype=torch.int32)
+    chunks = torch.stack([torch.nn.functional.pad(size, (1, 0)), share.flatten()[: num_chunks * n + 1]])
+    return offsets, entries.int(), chunks
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
@@ -146,39 +155,11 @@ def _sum_slots_kernel(
     store_rows(dq_ptr, (row0 + local) * D, acc, valid, D, BLOCK_D, ACCUMULATE)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_blocks", "chunks"])
-def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, csr_offsets_ptr, entries_ptr, tiles_ptr, num_tiles, num_tokens,
-    num_blocks, chunks, scale, TOPK: tl.constexpr, SPLITS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    tile, rest = tl.program_id(0) // (HKV * SPLITS), tl.program_id(0) % (HKV * SPLITS)
-    kv, split = rest % HKV, rest // HKV
-    block, first, count = load_tile(tiles_ptr, tile, num_tiles)
-    if count > 0:
-        valid, at = packed_rows(None, first, count, kv, HKV, 1, BLOCK_N, 0)
-        k = load_rows(k_ptr, at * D, valid, D, BLOCK_D)
-        v = load_rows(v_ptr, at * D, valid, D, BLOCK_D)
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        share = tl.cdiv(chunks, SPLITS)
-        for chunk in range(split * share, tl.minimum((split + 1) * share, chunks)):
-            bucket = csr_offsets_ptr + (chunk * HKV + kv) * num_blocks + block
-            lo, hi = tl.load(bucket), tl.load(bucket + 1)
-            dk, dv = dkv_rows(
-                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, kv, lo, hi, scale, HQ, HQ // HKV, D, BLOCK_D, BLOCK_M,
-                HKV * TOPK, PRECISION,
-            )  # fmt: skip
-        out = (at + split.to(tl.int64) * num_tokens * HKV) * D
-        store_rows(dk_ptr, out, dk * scale, valid, D, BLOCK_D, ACCUMULATE)
-        store_rows(dv_ptr, out, dv, valid, D, BLOCK_D, ACCUMULATE)
-
-
 def selected_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, csr_offsets: Tensor, csr_indices: Tensor, chunk: int,
+    q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, csr_indices: Tensor, chunks: Tensor, chunk: int,
     scale: float, config: dict | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Contiguous q, k, v and the inverse map of `invert(topk_indices, S, chunk)` → o like q, lse [T,Hq] fp32."""
+    """Contiguous q, k, v and `invert(topk_indices, S, chunk)` → o like q, lse [T,Hq] fp32."""
     (t, hq, d), hkv, topk, num_blocks = q.shape, k.shape[1], topk_indices.shape[2], offsets.shape[0] - 1
     o = torch.empty_like(q)
     lse = torch.empty(t, hq, dtype=torch.float32, device=q.device)
@@ -187,7 +168,7 @@ def selected_attention_forward(
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
     k_norm = largest_norm(k)
-    tiles = tile_map(csr_offsets, min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, triton.cdiv(t, chunk))
+    tiles = tile_map(chunks[0], min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, triton.cdiv(t, chunk), chunks[1])
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(min(chunk, t) * hq * topk, dtype=torch.float32, device=q.device)
     for c, tiles_c in enumerate(tiles):
@@ -205,18 +186,17 @@ def selected_attention_forward(
 
 def selected_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, topk_indices: Tensor, offsets: Tensor, csr_offsets: Tensor,
-    csr_indices: Tensor, chunk: int, scale: float, out: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    csr_indices: Tensor, chunks: Tensor, chunk: int, scale: float, out: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     configs: tuple[dict | None, dict | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv; tensors given in `out` are added to in place."""
     (t, hq, d), hkv, topk, num_blocks = q.shape, k.shape[1], topk_indices.shape[2], offsets.shape[0] - 1
-    dq, dk, dv = (torch.empty_like(x) if y is None else y for x, y in zip((q, k, v), out, strict=True))
+    dq = torch.empty_like(q) if out[0] is None else out[0]
     if t == 0:
-        return dq, dk, dv
+        return dq, torch.empty_like(k), torch.empty_like(v)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
-    chunks = triton.cdiv(t, chunk)
     config = configs[0] or _config("dq", d, q.dtype)
-    tiles = tile_map(csr_offsets, min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, chunks)
+    tiles = tile_map(chunks[0], min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, triton.cdiv(t, chunk), chunks[1])
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     for c, tiles_c in enumerate(tiles):
         n = min(chunk, t - c * chunk)
@@ -229,17 +209,7 @@ def selected_attention_backward(
             part, topk_indices, dq, n * hq, c * chunk * hq, topk, G=hq // hkv, D=d, BLOCK_D=block_d(d), BLOCK_M=64,
             ACCUMULATE=out[0] is not None,
         )  # fmt: skip
+    splits = 1 << min(MAX_SPLITS, t // 4096).bit_length() >> 1 or 1  # a block that every query chose is not one program's work
     config = configs[1] or _config("dkv", d, q.dtype)
-    tiles = tile_map(offsets, t, config["BLOCK_N"])
-    splits = 1 << (min(MAX_SPLITS, chunks).bit_length() - 1)
-    whole = splits == 1
-    dk_out, dv_out = (dk, dv) if whole else torch.empty(2, splits, t, hkv, d, dtype=torch.float32, device=q.device)
-    _dkv_kernel[(tiles.shape[2] * hkv * splits,)](
-        q, k, v, do, lse, delta, dk_out, dv_out, csr_offsets, csr_indices, tiles, tiles.shape[2], t, num_blocks, chunks, scale,
-        SPLITS=splits, ACCUMULATE=whole and out[1] is not None, **sizes, **config,
-    )  # fmt: skip
-    if not whole:
-        for x, parts, given in ((dk, dk_out, out[1]), (dv, dv_out, out[2])):
-            x.copy_(parts.sum(0) if given is None else parts.sum(0).add_(given))
-    return dq, dk, dv
-
+    args = (q, k, v, do, lse, delta, csr_offsets, num_blocks, csr_indices, hkv * topk, offsets, None, 0, scale, out[1:], splits, config)
+    return dq, *launch_dkv(*args)

@@ -77,11 +77,12 @@ def _dq_kernel(
         store_rows(dq_ptr, head * D, dq, valid, D, BLOCK_D, ACCUMULATE)
 
 
-@triton.jit(do_not_specialize=["num_keys", "num_tiles"])
+@triton.jit(do_not_specialize=["num_keys", "num_tiles", "cu_stride"])
 def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, index_ptr, tiles_ptr, num_tiles, num_keys, scale,
-    SPLITS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GATHER: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_stride, index_q_ptr, index_k_ptr, tiles_ptr, num_tiles,
+    num_keys, scale, SPLITS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER_Q: tl.constexpr, GATHER_K: tl.constexpr, ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     BLOCK_Q: tl.constexpr = BLOCK_M // G
@@ -89,18 +90,20 @@ def _dkv_kernel(
     kv, split = rest % HKV, rest // HKV
     segment, first, count = load_tile(tiles_ptr, tile, num_tiles)
     if count > 0:
-        valid, at = packed_rows(index_ptr, first, count, kv, HKV, 1, BLOCK_N, GATHER)
+        valid, at = packed_rows(index_k_ptr, first, count, kv, HKV, 1, BLOCK_N, GATHER_K)
         k = load_rows(k_ptr, at * D, valid, D, BLOCK_D)
         v = load_rows(v_ptr, at * D, valid, D, BLOCK_D)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        start, end = tl.load(cu_q_ptr + segment), tl.load(cu_q_ptr + segment + 1)
+        cu_q_ptr += kv * cu_stride + segment
+        start, end = tl.load(cu_q_ptr), tl.load(cu_q_ptr + 1)
         share = tl.cdiv(tl.cdiv(end - start, BLOCK_Q), SPLITS) * BLOCK_Q
         lo = tl.minimum(start + split * share, end)
         hi = tl.minimum(lo + share, end)
         dk, dv = dkv_rows(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, lo, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER, PRECISION
-        )
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_q_ptr, kv, lo, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER_Q,
+            PRECISION,
+        )  # fmt: skip
         out = (at + split.to(tl.int64) * num_keys * HKV) * D
         store_rows(dk_ptr, out, dk * scale, valid, D, BLOCK_D, ACCUMULATE)
         store_rows(dv_ptr, out, dv, valid, D, BLOCK_D, ACCUMULATE)
@@ -149,26 +152,44 @@ def varlen_attention_backward(
     """dq, dk, dv; tensors given in `out` are added to in place."""
     (t, hq, d), (n, hkv, _) = q.shape, k.shape
     sizes, long = _sizes(q, k, index), _long(k, cu_k)
-    dq, dk, dv = (torch.empty_like(x) if y is None else y for x, y in zip((q, k, v), out, strict=True))
+    dq = torch.empty_like(q) if out[0] is None else out[0]
     if t:
         config = configs[0] or _config("dq", d, q.dtype, long)
         tiles = tile_map(cu_q, t, config["BLOCK_M"] * hkv // hq)
         grid = (tiles.shape[2] * hkv,)
         args = (q, k, v, do, lse, delta, dq, cu_k, index, tiles, tiles.shape[2], scale)
         _dq_kernel[grid](*args, ACCUMULATE=out[0] is not None, **sizes, **config)
-    if n:
-        config = configs[1] or _config("dkv", d, q.dtype, long)
-        tiles = tile_map(cu_k, n, config["BLOCK_N"])
-        splits = _splits(tiles.shape[2] * hkv, t * hq // hkv, config["BLOCK_M"])
-        grid = (tiles.shape[2] * hkv * splits,)
-        whole = splits == 1
-        dk_out, dv_out = (dk, dv) if whole else torch.empty(2, splits, n, hkv, d, dtype=torch.float32, device=q.device)
-        args = (q, k, v, do, lse, delta, dk_out, dv_out, cu_q, index, tiles, tiles.shape[2], n, scale)
-        _dkv_kernel[grid](*args, SPLITS=splits, ACCUMULATE=whole and out[1] is not None, **sizes, **config)
-        if not whole:
-            for x, parts, given in ((dk, dk_out, out[1]), (dv, dv_out, out[2])):
-                x.copy_(parts.sum(0) if given is None else parts.sum(0).add_(given))
+    gather = int(index is not None)
+    splits = _splits(n // 64 * hkv, t * hq // hkv)
+    config = configs[1] or _config("dkv", d, q.dtype, long)
+    dk, dv = launch_dkv(q, k, v, do, lse, delta, cu_q, 0, index, gather, cu_k, index, gather, scale, out[1:], splits, config)
     return dq, dk, dv
+
+
+def launch_dkv(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, cu_q: Tensor, cu_stride: int, index_q: Tensor | None,
+    gather_q: int, cu_k: Tensor, index_k: Tensor | None, gather_k: int, scale: float, out: tuple[Tensor | None, Tensor | None],
+    splits: int, config: dict,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk, dv of segments of keys cu_k, each over the queries at positions cu_q[kv cu_stride + segment] … of index_q.
+
+    `splits` programs share the queries of a key tile; their fp32 parts are added in order.
+    """
+    (hq, d), (n, hkv, _) = q.shape[1:], k.shape
+    dk, dv = (torch.empty_like(x) if y is None else y for x, y in zip((k, v), out, strict=True))
+    if n == 0:
+        return dk, dv
+    tiles = tile_map(cu_k, n, config["BLOCK_N"])
+    parts = (dk, dv) if splits == 1 else torch.empty(2, splits, n, hkv, d, dtype=torch.float32, device=q.device)
+    _dkv_kernel[(tiles.shape[2] * hkv * splits,)](
+        q, k, v, do, lse, delta, *parts, cu_q, cu_stride, index_q, index_k, tiles, tiles.shape[2], n, scale, SPLITS=splits, HQ=hq, HKV=hkv,
+        D=d, BLOCK_D=block_d(d), GATHER_Q=gather_q, GATHER_K=gather_k, ACCUMULATE=splits == 1 and out[0] is not None,
+        PRECISION=precision(q), **config,
+    )  # fmt: skip
+    if splits > 1:
+        for x, part, given in ((dk, parts[0], out[0]), (dv, parts[1], out[1])):
+            x.copy_(part.sum(0) if given is None else part.sum(0).add_(given))
+    return dk, dv
 
 
 def _sizes(q: Tensor, k: Tensor, index: Tensor | None) -> dict:
@@ -186,9 +207,9 @@ def _long(k: Tensor, cu_k: Tensor) -> bool:
     return k.shape[0] >= 512 * max(1, cu_k.shape[0] - 1)
 
 
-def _splits(programs: int, rows: int, block_m: int) -> int:
+def _splits(programs: int, rows: int) -> int:
     """Few keys over many queries leave multiprocessors idle: cut the queries, a power of two so that few variants are compiled."""
     splits = 1
-    while programs * splits < 1024 and rows // (splits * 2) >= 16 * block_m and splits < 16:
+    while programs * splits < 1024 and rows // (splits * 2) >= 1024 and splits < 16:
         splits *= 2
     return splits

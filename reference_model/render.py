@@ -103,13 +103,18 @@ class Scene:
         if self.crease > 0:
             smooth = np.einsum("nc,ncx->nx", weights[seen], self.corner_normals[face])
             smooth = _towards_viewer(smooth / np.maximum(np.linalg.norm(smooth, axis=1, keepdims=True), 1e-12), rays)
-        start = camera.position + rays * distance[seen, None] + flat * (2e-4 * camera.distance)
+        start = _float32(camera.position + rays * distance[seen, None] + flat * (2e-4 * camera.distance))
+        flat, smooth = _float32(flat), _float32(smooth)
 
         def lit(direction: NDArray) -> NDArray:
-            cosine = np.clip(smooth @ direction, 0.0, None)
-            reached = (cosine > 0) & (flat @ direction > 0)
-            reached[reached] = ~self.blocked(start[reached], np.broadcast_to(direction, (int(reached.sum()), 3)))
-            return cosine * reached
+            direction = _float32(direction)
+            cosine = smooth @ direction
+            cosine[flat @ direction <= 0] = 0
+            reached = np.flatnonzero(cosine > 0)
+            hidden = self.blocked(start[reached], np.broadcast_to(direction, (len(reached), 3)))
+            light = np.zeros_like(cosine)
+            light[reached[~hidden]] = cosine[reached[~hidden]]
+            return light
 
         towards = [(v / np.linalg.norm(v)) @ camera.rotation for v in (KEY, RIM)]
         light = 1.05 * lit(towards[0])[:, None] * [1.0, 0.96, 0.90] + 0.35 * lit(towards[1])[:, None] * [0.80, 0.90, 1.0]

@@ -58,10 +58,13 @@ def _score_kernel(
             has = slot < children
             k = load_rows(k_ptr, ((child + slot).to(tl.int64) * HKV + kv) * D, has, D, BLOCK_D)
             p = tl.zeros([BLOCK_J, BLOCK_M], tl.float32)
+            lse2 = tl.load(lse2_ptr + m, mask=valid, other=float("inf"))
             for h in range(G):
                 q = load_rows(q_ptr + h * D, m * (HQ * D), valid, D, BLOCK_D)
-                lse2 = tl.load(lse2_ptr + h * num_tokens.to(tl.int64) + m, mask=valid, other=float("inf"))
+                following = tl.minimum(h + 1, G - 1) * num_tokens.to(tl.int64)  # a head ahead: its latency would be waited for here
+                next_lse2 = tl.load(lse2_ptr + following + m, mask=valid, other=float("inf"))
                 p += tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse2[None, :])
+                lse2 = next_lse2
             acc += tl.where(has[:, None], p, 0.0)  # absent children masked once for all heads
         row = local * BLOCK_M + m
         stride = chunk_tiles * BLOCK_M
@@ -150,8 +153,8 @@ def _topk_kernel(
         block0 = tl.load(cu_blocks_ptr + sample)
         n = tl.load(cu_blocks_ptr + sample + 1) - block0
         count = tl.where(part * ROWS + tl.arange(0, ROWS) < rows, n, 0)
-        stride = chunk_tiles * BLOCK_M
-        column = local * BLOCK_M + part * ROWS
+        stride = tl.multiple_of(chunk_tiles * BLOCK_M, ROWS)
+        column = tl.multiple_of(local * BLOCK_M + part * ROWS, ROWS)
         scores_ptr += (kv * num_blocks + block0).to(tl.int64) * stride + column
         best_ptr += (kv * num_groups).to(tl.int64) * stride + column
         list_ptr += (kv * LIST).to(tl.int64) * stride + column

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -140,23 +141,23 @@ def _read(path: Path, suffix: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         faces = np.asarray(getattr(part, "faces", ()), np.int64)
         raw = part.metadata.get("_ply_raw", {}).get("tristrips")
         if len(faces) == 0 and raw is not None:
-            faces = _strip_faces(np.concatenate([np.ravel(x) for x in _lists(raw["data"])]))
+            faces = _strip_faces(_strips(raw["data"]))
         if len(faces):
             yield vertices, faces
 
 
-def _lists(data: np.ndarray) -> list[np.ndarray]:
-    """The index lists of a PLY strip element, whatever its property is called."""
-    if data.dtype.names:
+def _strips(data: Any) -> np.ndarray:
+    """The indices of a PLY strip element, -1 between its lists: a record array of (count, list) if binary, else a dictionary of lists."""
+    if isinstance(data, np.ndarray) and data.dtype.names:
         data = data[data.dtype.names[0]]
-        if data.dtype.names:
-            data = data[data.dtype.names[-1]]
-    return list(np.atleast_1d(data))
+        lists = data[data.dtype.names[-1]] if data.dtype.names else data
+    else:
+        lists = next(iter(data.values()))
+    return np.concatenate([np.append(np.ravel(x).astype(np.int64), -1) for x in lists])
 
 
 def _strip_faces(strip: np.ndarray) -> np.ndarray:
     """Triangles [F,3] of strips joined by -1: every second triangle of a strip turns the other way."""
-    strip = strip.astype(np.int64)
     triangles = np.stack((strip[:-2], strip[1:-1], strip[2:]), 1)
     place = np.arange(len(strip))
     breaks = np.where(strip < 0, place, -1)

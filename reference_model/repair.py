@@ -202,7 +202,7 @@ def _openness(vertices: np.ndarray, faces: np.ndarray, patch: np.ndarray, area: 
 
 
 def _encloses_nothing(vertices: np.ndarray, faces: np.ndarray, patch: np.ndarray, asked: np.ndarray, solid: np.ndarray) -> np.ndarray:
-    """[P] bool: of the patches asked, those whose winding numbers before and behind average less than 1/4 (boundary: 1/2, lone sheet: 0)."""
+    """[P] bool: of the patches asked, those whose winding numbers before and behind average below 1/4 (a boundary 1/2, a lone sheet 0)."""
     nothing = np.zeros_like(asked)
     if not asked.any():
         return nothing

@@ -5,7 +5,6 @@ cells are refined in chunks, so memory follows the band of one chunk and never t
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -161,8 +160,12 @@ def _distance_tiles(surface: Surface, cells: np.ndarray, resolution: int) -> tup
 
 def _pairs() -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
     """Slices of a tile [n,8,8,8] that meet along each axis."""
-    full = (slice(None),) * 4
-    return [((*full[:a], slice(0, -1), *full[a + 1 :]), (*full[:a], slice(1, None), *full[a + 1 :])) for a in (1, 2, 3)]
+    all_, low, high = slice(None), slice(0, -1), slice(1, None)
+    return [
+        ((all_, low, all_, all_), (all_, high, all_, all_)),
+        ((all_, all_, low, all_), (all_, all_, high, all_)),
+        ((all_, all_, all_, low), (all_, all_, all_, high)),
+    ]
 
 
 def _joined(tile: np.ndarray, bound: float, h: float) -> list[np.ndarray]:
@@ -173,15 +176,16 @@ def _joined(tile: np.ndarray, bound: float, h: float) -> list[np.ndarray]:
 
 def _spread_signs(sign: np.ndarray, joined: list[np.ndarray]) -> np.ndarray:
     """Give unknown signs (0) of tiles [n,8,8,8] int8 those of their joined neighbours, in place."""
-    full: tuple[Any, ...] = (slice(None),) * 4
     todo = np.flatnonzero((sign == 0).any((1, 2, 3)))
     while len(todo):
         work, link = sign[todo], [j[todo] for j in joined]
         before = np.count_nonzero(work)
         for axis in (1, 2, 3):
-            for to, back in [(i, i - 1) for i in range(1, CELL)] + [(i, i + 1) for i in range(CELL - 2, -1, -1)]:
-                target = work[(*full[:axis], to)]
-                np.copyto(target, work[(*full[:axis], back)], where=(target == 0) & link[axis - 1][(*full[:axis], min(to, back))])
+            lines, gates = np.moveaxis(work, axis, 0), np.moveaxis(link[axis - 1], axis, 0)
+            for i in range(1, CELL):
+                np.copyto(lines[i], lines[i - 1], where=(lines[i] == 0) & gates[i - 1])
+            for i in range(CELL - 2, -1, -1):
+                np.copyto(lines[i], lines[i + 1], where=(lines[i] == 0) & gates[i])
         sign[todo] = work
         if np.count_nonzero(work) == before:
             break

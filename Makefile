@@ -2,7 +2,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 
 test: .venv/installed
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests --ignore=tests/test_aot.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest tests --ignore=tests/test_aot.py -n 2 --dist worksteal
 	$(RUN) -m pytest tests/test_aot.py
 
 demo: .venv/installed

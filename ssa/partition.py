@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_SIGN = -(2**63)  # keys are unsigned 64-bit numbers held in int64: flipping the sign bit makes signed order equal unsigned order
 _INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -116,11 +115,10 @@ class VoxelPartition:
             return self
         window = _contiguous_window(window_size, window_shift, self.compression, self.selection)
         if window is None:
-            key = _window_key(self.coords.long(), window_size, window_shift)
-            key, index = torch.sort(key, stable=True)
-            ids = _ids(key)
-            count = int(ids[-1]) + 1 if self.num_tokens else 0
-            window = _blocks(self.coords, ids, count, self.batch_size, window_size, window_shift, index.int())
+            if self.num_tokens == 0:
+                return dataclasses.replace(self, window=_no_blocks(self.cu_seqlens, window_size), window_shift=window_shift)
+            ids, index = _window_order(self.coords, window_size, window_shift)
+            window = _blocks(self.coords, ids, int(ids[-1]) + 1, self.cu_seqlens, window_size, window_shift, index)
         return dataclasses.replace(self, window=window, window_shift=window_shift)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> VoxelPartition:
@@ -178,20 +176,19 @@ def partition_voxels(
         return _empty(device, m_cmp, m_slc, window_size, window_shift, batch_size or 0)
 
     c = coords.long()
-    grid = _Grid.of(c, m_cmp, m_slc)
-    key, order = torch.sort(grid.key(c) ^ _SIGN)
+    lo, hi = torch.aminmax(c, dim=0)
+    grid = _Grid.of(lo, hi, m_cmp, m_slc)
+    key, order = torch.sort(grid.key(c))
     inverse_order = torch.empty_like(order).scatter_(0, order, torch.arange(num_tokens, device=device))
-    packed = c[order]
-    ids_cmp, ids_slc = _ids(_cell(packed, m_cmp)), _ids(_cell(packed, m_slc))
+    packed = coords.int()[order]
+    ids_cmp, ids_slc = (_ids(_floor_div(key, m**3)) for m in (m_cmp, m_slc))
     contiguous = window_shift == 0 and window_size in (m_cmp, m_slc)
     if contiguous:
         ids_win, index = ids_slc, None
     else:
-        key_win, index = torch.sort(_window_key(packed, window_size, window_shift), stable=True)
-        ids_win, index = _ids(key_win), index.int()
+        ids_win, index = _window_order(packed, window_size, window_shift)
 
     twice = key[1:] == key[:-1]
-    lo, hi = c.amin(0), c.amax(0)
     facts = torch.cat([lo, hi, torch.stack([ids_cmp[-1], ids_slc[-1], ids_win[-1], twice.sum()])]).tolist()  # the one synchronisation
     num_samples = _check_values(facts[:4], facts[4:8], m_slc, batch_size)
     if facts[11]:
@@ -199,20 +196,19 @@ def partition_voxels(
         raise ValueError(f"voxels must be unique: {facts[11]} of {num_tokens} repeat another, the first is {packed[row].tolist()}")
     num_cmp, num_slc, num_win = (n + 1 for n in facts[8:11])
 
-    packed = packed.int()
-    compression = _blocks(packed, ids_cmp, num_cmp, num_samples, m_cmp)
-    selection = _blocks(packed, ids_slc, num_slc, num_samples, m_slc)
+    cu_seqlens = _starts(packed[:, 0].contiguous(), num_samples)
+    compression = _blocks(packed, ids_cmp, num_cmp, cu_seqlens, m_cmp)
+    selection = _blocks(packed, ids_slc, num_slc, cu_seqlens, m_slc)
     window = _contiguous_window(window_size, window_shift, compression, selection)
     if window is None:
-        window = _blocks(packed, ids_win, num_win, num_samples, window_size, window_shift, index)
-    parents = ids_slc[compression.offsets[:-1].long()].int()
+        window = _blocks(packed, ids_win, num_win, cu_seqlens, window_size, window_shift, index)
     return VoxelPartition(
         coords=packed,
         order=order,
         inverse_order=inverse_order,
-        cu_seqlens=_starts(packed[:, 0].contiguous(), num_samples),
-        parents=parents,
-        child_offsets=_starts(parents, num_slc),
+        cu_seqlens=cu_seqlens,
+        parents=ids_slc[compression.offsets[:-1]].int(),
+        child_offsets=torch.searchsorted(compression.offsets, selection.offsets, out_int32=True),
         compression=compression,
         selection=selection,
         window=window,
@@ -233,16 +229,15 @@ def neighbor_table(coords: Tensor, compression_block_size: int, selection_block_
     if n == 0:
         return table[:0]
     c = coords.long()
-    grid = _Grid.of(c, compression_block_size, selection_block_size)
-    keys = grid.key(c) ^ _SIGN
+    grid = _Grid.of(*torch.aminmax(c, dim=0), compression_block_size, selection_block_size)
+    keys = grid.key(c)
     step = torch.arange(-1, 2, device=device)
     u = (c[:, 1:] - grid.origin)[:, :, None] + step  # [n, axis, step]
     part = grid.parts(u)
     inside = (u >= 0) & (u < (grid.count * grid.m_slc)[None, :, None])
     taps = torch.arange(13, device=device)
     ix, iy, iz = taps % 3, taps // 3 % 3, taps // 9
-    target = grid.sample_part(c)[:, None] + part[:, 0, ix] + part[:, 1, iy] + part[:, 2, iz]
-    target = target ^ _SIGN  # [n, 13]
+    target = grid.sample_part(c)[:, None] + part[:, 0, ix] + part[:, 1, iy] + part[:, 2, iz]  # [n, 13]
     found = torch.searchsorted(keys, target).clamp_(max=n - 1)
     valid = (keys[found] == target) & inside[:, 0, ix] & inside[:, 1, iy] & inside[:, 2, iz]
     table[:n, :13] = torch.where(valid, found, -1).int()
@@ -253,7 +248,10 @@ def neighbor_table(coords: Tensor, compression_block_size: int, selection_block_
 
 @dataclass(frozen=True)
 class _Grid:
-    """Mixed-radix packing key: a bijection from voxels of the bounding box to 0 … 2^64 − 1, in packed order; a sum over the axes."""
+    """Mixed-radix packing key: a bijection from the voxels of the bounding box to consecutive integers in packed order.
+
+    There may be up to 2^64 of them, so they start at `lowest`, a multiple of both block volumes: key // m^3 is the block's number.
+    """
 
     m_cmp: int
     m_slc: int
@@ -261,12 +259,33 @@ class _Grid:
     count: Tensor  # [3] int64, selection blocks an axis
 
     @classmethod
-    def of(cls, c: Tensor, m_cmp: int, m_slc: int) -> _Grid:
-        origin = _floor_div(c[:, 1:].amin(0), m_slc) * m_slc
-        return cls(m_cmp, m_slc, origin, (c[:, 1:].amax(0) - origin) // m_slc + 1)
+    def of(cls, lo: Tensor, hi: Tensor, m_cmp: int, m_slc: int) -> _Grid:
+        origin = _floor_div(lo[1:], m_slc) * m_slc
+        return cls(m_cmp, m_slc, origin, (hi[1:] - origin) // m_slc + 1)
+
+    @property
+    def lowest(self) -> int:
+        return -(2**63 // self.m_slc**3) * self.m_slc**3
+
+    def key(self, c: Tensor) -> Tensor:
+        """[n,4] (sample, x, y, z) → [n] int64."""
+        ratio = self.m_slc // self.m_cmp
+        u = c[:, 1:] - self.origin
+        slc = _floor_div(u, self.m_slc)
+        u = torch.sub(u, slc, alpha=self.m_slc)
+        cmp = _floor_div(u, self.m_cmp)
+        voxel = torch.sub(u, cmp, alpha=self.m_cmp)
+        key = c[:, 0]
+        for digit, radix in zip(slc.unbind(1), self.count.unbind(), strict=True):
+            key = torch.addcmul(digit, key, radix)
+        for digit in cmp.unbind(1):
+            key = torch.add(digit, key, alpha=ratio)
+        for digit in voxel.unbind(1):
+            key = torch.add(digit, key, alpha=self.m_cmp)
+        return key + self.lowest
 
     def parts(self, u: Tensor) -> Tensor:
-        """u [n,3,k] voxel coordinates from the origin → what each axis adds to the key."""
+        """The key is a sum over the axes. u [n,3,k] voxel coordinates from the origin → what each axis adds to it."""
         _, ny, nz = self.count.unbind()
         power = torch.arange(2, -1, -1, device=u.device)  # x is the slowest axis
         block = torch.stack([ny * nz, nz, torch.ones_like(nz)]) * self.m_slc**3
@@ -279,10 +298,8 @@ class _Grid:
         return slc * block[:, None] + cmp * child[:, None] + rest * voxel[:, None]
 
     def sample_part(self, c: Tensor) -> Tensor:
-        return c[:, 0] * (self.count.prod() * self.m_slc**3)
-
-    def key(self, c: Tensor) -> Tensor:
-        return self.sample_part(c) + self.parts((c[:, 1:] - self.origin)[:, :, None]).sum(1)[:, 0]
+        """What the sample adds to the key, and where keys begin."""
+        return c[:, 0] * (self.count.prod() * self.m_slc**3) + self.lowest
 
 
 class _Permute(torch.autograd.Function):
@@ -303,30 +320,27 @@ def _floor_div(x: Tensor, size: int) -> Tensor:
     return torch.div(x, size, rounding_mode="floor")
 
 
-def _cell(c: Tensor, size: int) -> Tensor:
-    """[n,4] (sample, cell x, y, z)."""
-    return torch.cat([c[:, :1], _floor_div(c[:, 1:], size)], 1)
-
-
 def _ids(key: Tensor) -> Tensor:
-    """Sorted or grouped keys [n] or [n,4] → group number of each row, int64."""
-    change = key[1:] != key[:-1]
-    if change.ndim == 2:
-        change = change.any(1)
-    return torch.cat([change.new_zeros(min(1, key.shape[0]), dtype=torch.int64), change.cumsum(0)])
+    """Grouped keys [n] → number of the group of each, int64."""
+    ids = torch.zeros_like(key)
+    torch.cumsum(key[1:] != key[:-1], 0, out=ids[1:])
+    return ids
 
 
 def _starts(ids: Tensor, n: int) -> Tensor:
     """Non-decreasing ids [T] → [n+1] int32: first row of each of n groups, absent ones empty."""
-    return torch.searchsorted(ids, torch.arange(n + 1, device=ids.device, dtype=ids.dtype)).int()
+    return torch.searchsorted(ids, torch.arange(n + 1, device=ids.device, dtype=ids.dtype), out_int32=True)
 
 
-def _window_key(c: Tensor, size: int, shift: int) -> Tensor:
-    cell = _floor_div(c[:, 1:] + shift, size)
-    cell = cell - (cell.amin(0) if c.shape[0] else 0)
-    _, ny, nz = (cell.amax(0) + 1 if c.shape[0] else cell.new_ones(3)).unbind()
-    nx = cell[:, 0].amax() + 1 if c.shape[0] else 1
-    return (((c[:, 0] * nx + cell[:, 0]) * ny + cell[:, 1]) * nz + cell[:, 2]) ^ _SIGN
+def _window_order(packed: Tensor, size: int, shift: int) -> tuple[Tensor, Tensor]:
+    """Packed rows in window order: the window number of each, int64, and the row, int32."""
+    cell = _floor_div(packed[:, 1:] + shift, size).long()
+    lo, hi = torch.aminmax(cell, dim=0)
+    key = packed[:, 0].long()
+    for digit, radix in zip((cell - lo).unbind(1), (hi - lo + 1).unbind(), strict=True):
+        key = torch.addcmul(digit, key, radix)
+    key, index = torch.sort(key - 2**63, stable=True)  # up to 2^64 windows
+    return _ids(key), index.int()
 
 
 def _contiguous_window(size: int, shift: int, compression: Blocks, selection: Blocks) -> Blocks | None:
@@ -337,27 +351,30 @@ def _contiguous_window(size: int, shift: int, compression: Blocks, selection: Bl
     return None
 
 
-def _blocks(packed: Tensor, ids: Tensor, n: int, num_samples: int, size: int, shift: int = 0, index: Tensor | None = None) -> Blocks:
+def _blocks(
+    packed: Tensor, ids: Tensor, n: int, cu_seqlens: Tensor, size: int, shift: int = 0, index: Tensor | None = None
+) -> Blocks:
     offsets = _starts(ids, n)
-    first = offsets[:-1].long()
-    first = packed[first if index is None else index[first].long()].long()
-    first[:, 1:] += shift
-    coords = _cell(first, size).int()
-    return Blocks(size=size, offsets=offsets, cu_blocks=_starts(coords[:, 0].contiguous(), num_samples), coords=coords, index=index)
+    first = offsets[:-1] if index is None else index[offsets[:-1]]
+    coords = packed[first]
+    coords[:, 1:].add_(shift).floor_divide_(size)
+    cu_blocks = torch.searchsorted(offsets, cu_seqlens, out_int32=True)  # samples begin where blocks begin
+    return Blocks(size=size, offsets=offsets, cu_blocks=cu_blocks, coords=coords, index=index)
+
+
+def _no_blocks(cu_seqlens: Tensor, size: int) -> Blocks:
+    zero = torch.zeros(1, dtype=torch.int32, device=cu_seqlens.device)
+    return Blocks(size, zero, torch.zeros_like(cu_seqlens), zero.new_zeros(0, 4))
 
 
 def _empty(device: torch.device, m_cmp: int, m_slc: int, window_size: int, window_shift: int, num_samples: int) -> VoxelPartition:
-    def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    compression, selection = (Blocks(m, ints(1), ints(num_samples + 1), ints(0, 4)) for m in (m_cmp, m_slc))
-    window = _contiguous_window(window_size, window_shift, compression, selection)
-    if window is None:
-        window = Blocks(window_size, ints(1), ints(num_samples + 1), ints(0, 4), ints(0))
-    order = ints(0, dtype=torch.int64)
-    cu_seqlens, parents, child_offsets = ints(num_samples + 1), ints(0), ints(1)
+    cu_seqlens = torch.zeros(num_samples + 1, dtype=torch.int32, device=device)
+    compression, selection = (_no_blocks(cu_seqlens, m) for m in (m_cmp, m_slc))
+    window = _contiguous_window(window_size, window_shift, compression, selection) or _no_blocks(cu_seqlens, window_size)
+    order, none = (torch.zeros(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
+    coords = none.new_zeros(0, 4)
     return VoxelPartition(
-        ints(0, 4), order, order.clone(), cu_seqlens, parents, child_offsets, compression, selection, window, window_shift
+        coords, order, order.clone(), cu_seqlens, none, cu_seqlens[:1].clone(), compression, selection, window, window_shift
     )
 
 
@@ -403,7 +420,7 @@ def _check_values(lo: list[int], hi: list[int], m_slc: int, batch_size: int | No
         if a < -(2**31) or b >= 2**31:
             raise ValueError(f"{axis} must fit 32 bits, got {a} … {b}")
         cells *= (b // m_slc - a // m_slc + 1) * m_slc
-    if cells > 2**64:
+    if cells + m_slc**3 > 2**64:
         raise ValueError(
             "the extent is too wide for a 64-bit key (2^15 samples of 2^16 voxels an axis fit): "
             f"{hi[0] + 1} samples, x {lo[1]} … {hi[1]}, y {lo[2]} … {hi[2]}, z {lo[3]} … {hi[3]}"

@@ -145,26 +145,30 @@ if IMPL == "triton":
         monkeypatch.setattr(boundary, "chunk_queries", lambda *_: chunk)
         compare(*problem(partition, random_choice(partition, 2, 2), dtype=dtype))
 
-    def test_inverse_map():
-        """Every (query, kv head, slot) lies in the bucket of its chunk, head and block, in order; −1 ones come last."""
+    @pytest.mark.parametrize("chunk", [20, 1000])
+    def test_inverse_map(chunk):
+        """A bucket (kv head, block) lists its (query, slot) entries in order, and each chunk's share of it; −1 ones come last."""
         from ssa.kernels.selected_attention import invert
 
         partition = random_partition([50, 13])
         ids = random_choice(partition, 2, 3)
-        num_blocks, chunk = len(partition.selection), 20
-        csr_offsets, csr_indices = invert(ids, num_blocks, chunk)
-        assert csr_offsets.dtype == csr_indices.dtype == torch.int32
-        assert csr_offsets.shape == (4 * 2 * num_blocks + 1,) and csr_indices.sort().values.equal(
-            torch.arange(ids.numel(), device=DEVICE, dtype=torch.int32)
-        )
-        want = [[] for _ in range(4 * 2 * num_blocks)]
+        num_blocks = len(partition.selection)
+        csr_offsets, csr_indices, chunks = invert(ids, num_blocks, chunk)
+        num_chunks = -(-63 // chunk)
+        assert csr_offsets.dtype == csr_indices.dtype == chunks.dtype == torch.int32
+        assert torch.equal(csr_indices.sort().values, torch.arange(ids.numel(), device=DEVICE, dtype=torch.int32))
+        want = [[[] for _ in range(2 * num_blocks)] for _ in range(num_chunks)]
         for t, of_heads in enumerate(ids.tolist()):
             for h, blocks in enumerate(of_heads):
                 for slot, block in enumerate(blocks):
                     if block >= 0:
-                        want[(t // chunk * 2 + h) * num_blocks + block].append((t * 2 + h) * 3 + slot)
-        got = [csr_indices[a:b].tolist() for a, b in zip(csr_offsets.tolist(), csr_offsets.tolist()[1:], strict=False)]
-        assert got == want
+                        want[t // chunk][h * num_blocks + block].append((t * 2 + h) * 3 + slot)
+        starts, entries = csr_offsets.tolist(), csr_indices.tolist()
+        got = [entries[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        assert got == [sum(of_bucket, []) for of_bucket in zip(*want, strict=True)]
+        ends, begins = chunks.tolist()
+        got = [entries[begins[i] : begins[i] + ends[i + 1] - ends[i]] for i in range(num_chunks * 2 * num_blocks)]
+        assert got == sum(want, [])
 
     def test_opcheck():
         from ssa.autograd import selected_attention as boundary

@@ -44,7 +44,8 @@ def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, T
     """The inverse map: csr_offsets [Hkv · S + 1], csr_indices [T · Hkv · topk] and chunks, all int32, by one stable sort."""
     t, hkv, topk = topk_indices.shape
     n, num_chunks, device = hkv * num_blocks, triton.cdiv(t, chunk), topk_indices.device
-    head = torch.arange(0, n, max(1, num_blocks), device=device, dtype=torch.int32)[:hkv, None]
+    step = max(1, num_blocks)
+    head = torch.arange(0, hkv * step, step, device=device, dtype=torch.int32)[:, None]
     bucket = torch.where(topk_indices >= 0, topk_indices + head, n)
     bucket, entries = torch.sort(bucket.flatten(), stable=True)
     offsets = torch.searchsorted(bucket, torch.arange(n + 1, device=device, dtype=torch.int32), out_int32=True)

@@ -93,13 +93,15 @@ def save_side_by_side(surfaces: Mapping[str, Surface], path: Path, title: str, s
     for name in list(surfaces)[1:]:
         errors = [_angle_picture(t, n) for t, n in zip(normals["truth"], normals[name], strict=True)]
         columns.append([np.full((size, size, 3), 255, np.uint8), *errors])
-    sheet = image.new("RGB", (size * len(columns), 3 * size + 36), "white")
+    bands = [_used_rows([column[y] for column in columns]) for y in range(3)]
+    tops = np.cumsum([36] + [band.stop - band.start for band in bands]).tolist()
+    sheet = image.new("RGB", (size * len(columns), tops[-1]), "white")
     pen = draw.Draw(sheet)
     labels = [*surfaces, *(f"{name} off by: grey 0°, red 15° and more" for name in list(surfaces)[1:])]
     for x, (label, column) in enumerate(zip(labels, columns, strict=True)):
         pen.text((x * size + 10, 8), f"{title}: {label}" if x == 0 else label, fill="black", font=font)
-        for y, picture in enumerate(column):
-            sheet.paste(image.fromarray(picture), (x * size, y * size + 36))
+        for top, band, picture in zip(tops, bands, column, strict=False):
+            sheet.paste(image.fromarray(picture[band]), (x * size, top))
     sheet.save(path)
 
 
@@ -171,6 +173,12 @@ def _result_of(path: Path, results: Path) -> Path:
 def _cell(value: float | None, name: str) -> str:
     _, factor, digits = _COLUMNS[name]
     return "–" if value is None else f"{value * factor:.{digits}f}"
+
+
+def _used_rows(pictures: Sequence[NDArray], margin: int = 16) -> slice:
+    """The rows where any picture is not white, and a margin."""
+    rows = np.flatnonzero(np.any([(picture < 255).any((1, 2)) for picture in pictures], axis=0))
+    return slice(max(int(rows[0]) - margin, 0), int(rows[-1]) + margin + 1)
 
 
 def _on_white(normal: NDArray) -> NDArray[np.uint8]:

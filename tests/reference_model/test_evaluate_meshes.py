@@ -49,7 +49,9 @@ def test_round_trip_table(tmp_path):
         lost = 0.0 if name == "rod.obj" else 0.44 * 2 / resolution * 4 * (3 + 0.5 + 0.4) * (3 / 1.9) / (2 * (1.5 + 1.2 + 0.2))
         assert result["area_ratio"] == pytest.approx(1 - lost, abs=0.002)
         assert row["round_trip"]["open_vertices"] == 0 and row["round_trip"]["voxels"] > 1000
-        assert Image.open(out / "pictures" / f"{name}_{resolution}.png").size == (3 * 448, 3 * 448 + 36)
+        picture = np.asarray(Image.open(out / "pictures" / f"{name}_{resolution}.png"))
+        assert picture.shape[1] == 3 * 448 and 400 < picture.shape[0] < 3 * 448
+        assert [(picture[40:, x * 448 : (x + 1) * 448] < 250).any(2).mean() > 0.05 for x in range(3)] == [True] * 3
     for name in ("rod.obj", "box.glb"):
         coarse, fine = (rows[name, r]["scores"]["result"] for r in (256, 320))
         assert fine["chamfer"] < 0.9 * coarse["chamfer"]

@@ -20,6 +20,7 @@ import numpy as np
 from reference_model.cli import optional_import
 from reference_model.closing import cap_holes
 from reference_model.meshes import MeshError
+from reference_model.triangles import areas, longest_edges, normals, ray_scene, split_longest, unbalanced_edges
 
 SEEN = 0.2  # an open patch is a sheet where this share of the rays that are free on one side are free on the other
 _HIDDEN = 0.005  # below this on both sides a patch is not seen
@@ -27,6 +28,7 @@ _EPS = 2e-5  # distance of a test point from its face
 _RAYS = 32
 _SAMPLES = 20_000
 _SPLIT = 1 / 64  # faces that bound only in part are split to this length
+_MOST_CAPS = 0.25  # area of caps to that of faces
 _MOST_SPLIT = 40_000  # faces split at once: more are kept whole, which adds band voxels inside the solid but no boundary
 _CENTER = [(1 / 3, 1 / 3, 1 / 3)]
 _CORNERS = [(0.9, 0.05, 0.05), (0.05, 0.9, 0.05), (0.05, 0.05, 0.9)]
@@ -38,6 +40,7 @@ class Surface:
 
     vertices: np.ndarray  # [V,3] float64
     faces: np.ndarray  # [F,3] int64, the boundary that distances are measured to
+    within: np.ndarray  # [K,3] int64, faces with the solid on both sides
     hull_vertices: np.ndarray  # [H,3] float64
     hull: np.ndarray  # [G,3] int64, the oriented faces whose winding number tells inside from outside
     sheets: np.ndarray  # [S,3] int64 into hull_vertices: open sheets, made `thickness` thick
@@ -55,9 +58,14 @@ class Surface:
         """Distance [n] float64 from points [n,3] to `faces`; NaN beyond `bound`."""
         return _distance(points, self.vertices, self.faces, bound)
 
+    def to_any_face(self, points: np.ndarray, bound: float) -> np.ndarray:
+        """Distance [n] float64 from points [n,3] to `faces` and `within`; NaN beyond `bound`."""
+        distance = self.unsigned(points, bound)
+        return np.fmin(distance, _distance(points, self.vertices, self.within, bound)) if len(self.within) else distance
+
     def near(self, points: np.ndarray, bound: float) -> np.ndarray:
         """[n] bool: the solid's boundary may lie within `bound` of these points."""
-        near = ~np.isnan(self.unsigned(points, bound))
+        near = ~np.isnan(self.to_any_face(points, bound))
         return near | ~np.isnan(self.sheet_distance(points, bound)) if len(self.sheets) else near
 
     def signed(self, points: np.ndarray, bound: float) -> np.ndarray:
@@ -83,7 +91,7 @@ def resolve_surface(vertices: np.ndarray, faces: np.ndarray, thickness: float) -
     _, first = np.unique(np.sort(faces, 1), axis=0, return_index=True)
     copies = len(faces) - len(first)
     faces = faces[np.sort(first)]
-    area = _areas(vertices, faces)
+    area = areas(vertices, faces)
     if not area.sum() > 1e-9:
         raise MeshError(f"no area: {area.sum():.1e} in the unit cube")
     turned, patch = igl.bfs_orient(np.ascontiguousarray(faces))
@@ -110,31 +118,25 @@ def resolve_surface(vertices: np.ndarray, faces: np.ndarray, thickness: float) -
         "dropped": str(int(dropped.sum())), "sheet_thickness": f"{thickness if len(sheets) else 0:.6g}",
     }  # fmt: skip
     border_edges = unbalanced_edges(hull)
-    winding = Surface(vertices, hull, vertices, hull, sheets, thickness, False)
-    bound_vertices, bound_faces, whole = _bounding_faces(winding)
+    winding = Surface(vertices, hull, hull[:0], vertices, hull, sheets, thickness, False)
+    bound_vertices, bound_faces, within, whole = _bounding_faces(winding)
     closed = whole and len(border_edges) == 0 and len(sheets) == 0
     report |= {"closed": str(closed).lower(), "border_edges": str(len(border_edges)), "bounding_faces": str(len(bound_faces))}
-    if closed and _areas(vertices, hull).min() > 1e-16:
-        return Surface(vertices, hull, vertices, hull, sheets, thickness, True, report | {"caps": "0"})
+    if closed and areas(vertices, hull).min() > 1e-16:
+        return Surface(vertices, hull, within, vertices, hull, sheets, thickness, True, report | {"caps": "0"})
     caps = 0
     if len(border_edges) and len(hull):
         cap_vertices, cap_faces = cap_holes(winding, border_edges)
+        cap_area, bound_area = areas(cap_vertices, cap_faces).sum(), areas(bound_vertices, bound_faces).sum()
+        if cap_area > _MOST_CAPS * bound_area:
+            raise MeshError(f"inside and outside cannot be told: {cap_area / (cap_area + bound_area):.0%} of the surface would be caps")
         bound_faces = np.concatenate((bound_faces, cap_faces + len(bound_vertices)))
         bound_vertices = np.concatenate((bound_vertices, cap_vertices))
         caps = len(cap_faces)
     if len(bound_faces) + len(sheets) == 0:
         raise MeshError("the faces bound no solid")
-    return Surface(bound_vertices, bound_faces, vertices, hull, sheets, thickness, False, report | {"caps": str(caps)})
+    return Surface(bound_vertices, bound_faces, within, vertices, hull, sheets, thickness, False, report | {"caps": str(caps)})
 
-
-def unbalanced_edges(faces: np.ndarray) -> np.ndarray:
-    """Edges [E,2] int64 that oriented faces [F,3] run along more often one way than the other: empty for a closed surface."""
-    if len(faces) == 0:
-        return np.zeros((0, 2), np.int64)
-    directed = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
-    edges, inverse = np.unique(np.sort(directed, 1), axis=0, return_inverse=True)
-    balance = np.bincount(inverse.reshape(-1), np.where(directed[:, 0] < directed[:, 1], 1, -1), len(edges))
-    return edges[balance != 0]
 
 
 def _distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound: float) -> np.ndarray:
@@ -144,15 +146,6 @@ def _distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound
     return igl.signed_distance(points, vertices, faces, igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0, bound)[0]
 
 
-def _areas(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    a, b, c = (vertices[faces[:, i]] for i in range(3))
-    return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
-
-
-def _normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    a, b, c = (vertices[faces[:, i]] for i in range(3))
-    normal = np.cross(b - a, c - a)
-    return normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-300)
 
 
 def _as_filed(turned: np.ndarray, faces: np.ndarray, patch: np.ndarray, area: np.ndarray) -> np.ndarray:
@@ -184,8 +177,8 @@ def _openness(vertices: np.ndarray, faces: np.ndarray, patch: np.ndarray, area: 
     face = order[np.minimum(np.searchsorted(reach, place), len(order) - 1)]
     weights = rng.dirichlet((1.0, 1.0, 1.0), len(face))
     points = np.einsum("nk,nkd->nd", weights, vertices[faces[face]])
-    normal = _normals(vertices, faces)[face]
-    scene = _scene(vertices, faces)
+    normal = normals(vertices, faces)[face]
+    scene = ray_scene(vertices, faces)
     shares = []
     for side in (1.0, -1.0):
         out = side * normal
@@ -207,63 +200,53 @@ def _encloses_nothing(vertices: np.ndarray, faces: np.ndarray, patch: np.ndarray
     if not asked.any():
         return nothing
     hull = np.ascontiguousarray(faces[solid[patch]])
-    surface = Surface(vertices, hull, vertices, hull, hull[:0], 0.0, False)
+    surface = Surface(vertices, hull, hull[:0], vertices, hull, hull[:0], 0.0, False)
     of = np.flatnonzero(asked[patch])
     of = of[np.random.default_rng(0).permutation(len(of))]
     of = of[np.argsort(patch[of], kind="stable")]
     rank = np.arange(len(of)) - np.searchsorted(patch[of], patch[of])
     of = of[rank < 64]
-    before = surface.winding(vertices[faces[of]].mean(1) + _EPS * _normals(vertices, faces[of]))
-    area = _areas(vertices, faces[of])
+    before = surface.winding(vertices[faces[of]].mean(1) + _EPS * normals(vertices, faces[of]))
+    area = areas(vertices, faces[of])
     middle = np.bincount(patch[of], area * (before + 0.5), len(asked)) / np.maximum(np.bincount(patch[of], area, len(asked)), 1e-300)
     return asked & (middle < 0.25)
 
 
-def _bounding_faces(surface: Surface) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Faces of the hull with the solid on one side only, split where that holds in part: (vertices, faces, all faces bound)."""
+def _bounding_faces(surface: Surface) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """The hull by what its faces separate, split where that varies; faces with the outside on both sides are left out.
+
+    (vertices, faces with the solid behind, faces with the solid on both sides, whether all have it behind).
+    """
     vertices, faces = surface.hull_vertices, surface.hull
     if len(faces) == 0:
-        return vertices, faces, False
-    keep = _bounds(surface, vertices, faces, _CENTER)[:, 0]
-    area = _areas(vertices, faces)
-    if area[~keep].sum() < 1e-5 * area.sum():
-        return vertices, faces, True
-    mixed = np.zeros(len(vertices), np.int8)  # bit 0: a corner of a face that bounds, bit 1: of one that does not
-    mixed[faces[keep]] |= 1
-    mixed[faces[~keep]] |= 2
-    unsure = (mixed[faces] == 3).any(1) | (_longest(vertices, faces) > 8 * _SPLIT)
-    done = [faces[keep & ~unsure]]
+        return vertices, faces, faces, False
+    before = _winding_before(surface, vertices, faces, _CENTER)[:, 0]
+    area = areas(vertices, faces)
+    if area[np.abs(before) >= 0.5].sum() < 1e-5 * area.sum():
+        return vertices, faces, faces[:0], True
+    kind = np.where(np.abs(before) < 0.5, 1, 2).astype(np.int8)
+    mixed = np.zeros(len(vertices), np.int8)
+    for bit in (1, 2):
+        mixed[faces[kind == bit]] |= bit
+    unsure = (mixed[faces] == 3).any(1) | (longest_edges(vertices, faces) > 8 * _SPLIT)
+    bound, within = [faces[~unsure & (kind == 1)]], [faces[~unsure & (before >= 0.5)]]
     faces = faces[unsure]
     while len(faces):
-        bounds = _bounds(surface, vertices, faces, _CENTER + _CORNERS)
-        split = (bounds.any(1) & ~bounds.all(1)) & (_longest(vertices, faces) > _SPLIT) & (len(faces) < _MOST_SPLIT)
-        done.append(faces[~split & bounds.any(1)])
-        vertices, faces = _split(vertices, faces[split])
-    return vertices, np.concatenate(done), False
+        before = _winding_before(surface, vertices, faces, _CENTER + _CORNERS)
+        behind = np.abs(before) < 0.5
+        split = behind.any(1) & ~behind.all(1) & (longest_edges(vertices, faces) > _SPLIT) & (len(faces) < _MOST_SPLIT)
+        bound.append(faces[~split & behind.any(1)])
+        within.append(faces[~behind.any(1) & (before >= 0.5).any(1)])
+        vertices, faces = split_longest(vertices, faces[split])
+    return vertices, np.concatenate(bound), np.concatenate(within), False
 
 
-def _longest(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    corners = vertices[faces]
-    return np.linalg.norm(corners - np.roll(corners, 1, 1), axis=2).max(1)
 
+def _winding_before(surface: Surface, vertices: np.ndarray, faces: np.ndarray, weights: list[tuple[float, float, float]]) -> np.ndarray:
+    """[F,W] winding number just before the points of each face with these barycentric weights; just behind it is one more."""
+    points = np.einsum("wk,fkd->fwd", np.array(weights), vertices[faces]) + _EPS * normals(vertices, faces)[:, None]
+    return surface.winding(points.reshape(-1, 3)).reshape(len(faces), -1)
 
-def _bounds(surface: Surface, vertices: np.ndarray, faces: np.ndarray, weights: list[tuple[float, float, float]]) -> np.ndarray:
-    """[F,W] bool: at the points of each face with these barycentric weights the solid is behind it and not before it.
-
-    The winding number jumps by one across a face, so its value before the face tells both.
-    """
-    points = np.einsum("wk,fkd->fwd", np.array(weights), vertices[faces]) + _EPS * _normals(vertices, faces)[:, None]
-    return (np.abs(surface.winding(points.reshape(-1, 3))) < 0.5).reshape(len(faces), -1)
-
-
-def _split(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each face into two at the middle of its longest edge."""
-    corners = vertices[faces]
-    edge = np.argmax(np.linalg.norm(corners - np.roll(corners, -1, 1), axis=2), 1)
-    a, b, c = np.take_along_axis(faces, (edge[:, None] + np.arange(3)) % 3, 1).T
-    middle = len(vertices) + np.arange(len(faces))
-    halves = np.stack((np.stack((a, middle, c), 1), np.stack((middle, b, c), 1)), 1)
-    return np.concatenate((vertices, (vertices[a] + vertices[b]) / 2)), halves.reshape(-1, 3)
 
 
 def wall_thickness(surface: Surface, samples: int = 4096) -> np.ndarray:
@@ -272,7 +255,7 @@ def wall_thickness(surface: Surface, samples: int = 4096) -> np.ndarray:
     Sheets count with the thickness they are given. The 5 % quantile is what preparation lists.
     """
     rng = np.random.default_rng(0)
-    area, sheet_area = _areas(surface.vertices, surface.faces), _areas(surface.hull_vertices, surface.sheets)
+    area, sheet_area = areas(surface.vertices, surface.faces), areas(surface.hull_vertices, surface.sheets)
     total = area.sum() + 2 * sheet_area.sum()
     thin = round(samples * 2 * sheet_area.sum() / total)
     walls = np.full(samples, surface.thickness)
@@ -280,13 +263,7 @@ def wall_thickness(surface: Surface, samples: int = 4096) -> np.ndarray:
         return walls
     face = rng.choice(len(area), samples - thin, p=area / area.sum())
     point = np.einsum("nk,nkd->nd", rng.dirichlet((1.0, 1.0, 1.0), len(face)), surface.vertices[surface.faces[face]])
-    inward = -_normals(surface.vertices, surface.faces)[face]
-    hit = _scene(surface.vertices, surface.faces).run((point + _EPS * inward).astype(np.float32), inward.astype(np.float32), output=1)
+    inward = -normals(surface.vertices, surface.faces)[face]
+    hit = ray_scene(surface.vertices, surface.faces).run((point + _EPS * inward).astype(np.float32), inward.astype(np.float32), output=1)
     walls[thin:] = np.where(hit["primID"] >= 0, hit["tfar"], 2.0)
     return walls
-
-
-def _scene(vertices: np.ndarray, faces: np.ndarray) -> Any:
-    scene = optional_import("embreex.rtcore_scene").EmbreeScene()
-    optional_import("embreex.mesh_construction").TriangleMesh(scene, vertices.astype(np.float32), faces.astype(np.int32))
-    return scene

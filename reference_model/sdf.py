@@ -142,15 +142,21 @@ def _distance_tiles(surface: Surface, cells: np.ndarray, resolution: int) -> tup
     h = 2 / resolution
     bound = max(TAU, h) * 1.001  # a voxel exactly tau away must know its own side
     measured = np.full(len(cells) * CELL**3, np.nan, np.float32)
-    measured[place] = surface.signed(points, bound) if surface.exact else surface.unsigned(points, bound)
+    measured[place] = surface.signed(points, bound) if surface.exact else surface.to_any_face(points, bound)
     tile = measured.reshape(-1, CELL, CELL, CELL)
     joined = _joined(tile, bound, h)
+    conflicts = 0
     if surface.exact:
         sign = _spread_signs(np.where(np.isnan(tile), 0, np.where(tile < 0, -1, 1)).astype(np.int8), joined)
-    else:
-        sign = _ask_signs(surface, cells, tile, joined, resolution)
-    conflicts = sum(int((j & (sign[low] * sign[high] < 0)).sum()) for j, (low, high) in zip(joined, _pairs(), strict=True))
-    signed = np.copysign(np.where(np.isnan(tile), np.inf, tile), sign).reshape(len(cells), -1)
+        conflicts = _disagreements(sign, joined)
+    if not surface.exact or conflicts:  # pseudonormals err where faces cross or nearly vanish
+        sign = _ask_signs(surface, cells, np.abs(tile), joined, resolution)
+        conflicts = _disagreements(sign, joined)
+    signed = np.copysign(np.where(np.isnan(tile), np.inf, tile), np.where(sign < 0, np.float32(-1), np.float32(1))).reshape(len(cells), -1)
+    if len(surface.within):  # from outside the boundary is the nearest face; from inside it need not be
+        inner = np.flatnonzero(signed.reshape(-1)[place] < 0)
+        measured[place[inner]] = -surface.unsigned(points[inner], bound)
+        signed = np.where(signed < 0, np.nan_to_num(measured.reshape(signed.shape), nan=-np.inf), signed)
     if len(surface.sheets):
         sheet = np.full(signed.size, np.inf, np.float32)
         sheet[place] = surface.sheet_distance(points, bound)
@@ -172,6 +178,11 @@ def _joined(tile: np.ndarray, bound: float, h: float) -> list[np.ndarray]:
     """Neighbours along each axis that no boundary separates: their distances to it add up to more than their own distance h."""
     distance = np.where(np.isnan(tile), np.float32(bound), np.abs(tile))
     return [distance[low] + distance[high] > h * 1.0001 for low, high in _pairs()]
+
+
+def _disagreements(sign: np.ndarray, joined: list[np.ndarray]) -> int:
+    """Joined neighbours of opposite sign."""
+    return sum(int((j & (sign[low] * sign[high] < 0)).sum()) for j, (low, high) in zip(joined, _pairs(), strict=True))
 
 
 def _spread_signs(sign: np.ndarray, joined: list[np.ndarray]) -> np.ndarray:

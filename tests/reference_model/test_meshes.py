@@ -87,7 +87,8 @@ REFUSED = {
     "huge.off": ("OFF\n353535235358 2 0\n0 0 0\n", "cannot be read"),
     "point.obj": ("v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "no extent"),
     "line.obj": ("v 0 0 0\nv 1 1 1\nf 1 2 2\n", "equal corners"),
-    "points.ply": ("ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\nproperty float z\nend_header\n0 0 0\n", "no faces"),
+    "points.ply": ("ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\nproperty float z\n"
+                   "end_header\n0 0 0\n", "no faces"),
     "picture.png": ("x", "unknown format"),
     "noise.glb": ("glTF nonsense", "cannot be read"),
 }  # fmt: skip

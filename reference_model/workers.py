@@ -1,6 +1,7 @@
 """Many meshes, several processes: a file that kills or stalls its process costs one row, not the run."""
 
 import multiprocessing
+import os
 import queue
 import signal
 import threading
@@ -15,10 +16,11 @@ from reference_model.convert import prepare_one
 from reference_model.sources import Source
 
 Finish = Callable[[Source, dict[str, Any]], None]
+Work = Callable[[Source, Path, Mapping[str, Any]], dict[str, Any]]
 
 
-def run_all(sources: Sequence[Source], out: Path, settings: Mapping[str, Any], finish: Finish) -> None:
-    """Prepare sources in settings["workers"] processes, with a progress bar; `finish` gets each source and its row."""
+def run_all(sources: Sequence[Source], out: Path, settings: Mapping[str, Any], finish: Finish, work: Work = prepare_one) -> None:
+    """Do `work` for each source in settings["workers"] processes, with a progress bar; `finish` gets the source and its row."""
     from tqdm import tqdm
 
     todo: queue.SimpleQueue[Source] = queue.SimpleQueue()
@@ -26,7 +28,7 @@ def run_all(sources: Sequence[Source], out: Path, settings: Mapping[str, Any], f
         todo.put(source)
     failures: list[BaseException] = []
     with tqdm(total=len(sources), unit="mesh", disable=not sources) as bar:
-        args = (todo, out, settings, finish, bar, failures)
+        args = (todo, out, settings, finish, work, bar, failures)
         threads = [threading.Thread(target=_serve, args=args, daemon=True) for _ in range(min(settings["workers"], len(sources)))]
         for thread in threads:
             thread.start()
@@ -37,7 +39,7 @@ def run_all(sources: Sequence[Source], out: Path, settings: Mapping[str, Any], f
 
 
 def _serve(
-    todo: queue.SimpleQueue, out: Path, settings: Mapping[str, Any], finish: Finish, bar: Any, failures: list[BaseException]
+    todo: queue.SimpleQueue, out: Path, settings: Mapping[str, Any], finish: Finish, work: Work, bar: Any, failures: list[BaseException]
 ) -> None:
     """Feed one process of our own; start another where it was lost."""
     pool = None
@@ -45,7 +47,7 @@ def _serve(
         while not failures:
             source = todo.get_nowait()
             pool = pool or _new_pool()
-            task = pool.submit(prepare_one, source, out, settings)
+            task = pool.submit(work, source, out, settings)
             try:
                 row = task.result(settings["timeout"])
             except FutureTimeout:
@@ -68,12 +70,20 @@ def _serve(
 
 
 def _new_pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_quiet)
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_follow_parent)
 
 
-def _quiet() -> None:
-    """Ctrl-C is the parent's to handle."""
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the parent, and end with it however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end(pool: ProcessPoolExecutor) -> None:

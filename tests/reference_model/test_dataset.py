@@ -14,9 +14,10 @@ from reference_model.volume import Volume
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("prepared")
+    (root / "in").mkdir()
     for i in range(5):
         mesh = trimesh.creation.icosphere(2, 1.0) if i % 2 else trimesh.creation.box((1.0, 1.0 + i, 2.0))
-        save_mesh(root / "in" / f"{i}.ply" if (root / "in").mkdir(exist_ok=True) is None else root, mesh.vertices * (1 + i), mesh.faces)
+        save_mesh(root / "in" / f"{i}.ply", mesh.vertices * (1 + i), mesh.faces)
     assert main([f"meshes={root / 'in'}", f"out={root / 'out'}", "resolution=64", "contact_sheet=0", "shards=2", "val=0", "test=0"]) == 0
     return root / "out"
 

@@ -101,9 +101,9 @@ def block_topk(
     """The selection blocks each (query, key/value head) attends to (Eq. 8).
 
     q [T,Hq,D], k_cmp [C,Hkv,D], lse [T,Hq] of the compression attention → [T,Hkv,topk] int32: global ids, valid ones first and
-    ascending, −1 after where a sample has fewer blocks. The score of block J is Σ_{j in J} Σ_{h} exp(q_h·k_cmp[j] scale − lse_h). No gradient.
+    ascending, −1 after where a sample has fewer blocks. Block J scores Σ_{j in J} Σ_h exp(q_h·k_cmp[j] scale − lse_h). No gradient.
     """
-    q, k_cmp = _autocast(q.detach(), k_cmp.detach())
+    q, k_cmp = (x.detach() for x in _autocast(q, k_cmp))
     _check_partition(q, partition)
     _check_attention(q, k_cmp, k_cmp, partition.parents.shape[0], "k_cmp", "k_cmp")
     if lse.shape != q.shape[:2] or lse.dtype not in (torch.float32, torch.float64) or lse.device != q.device:
@@ -195,6 +195,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, index: 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast float tensors take its dtype here; the ops themselves never cast, so lse stays float32."""
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"q, k and v must be torch.Tensor, got {type(x).__name__}")
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors

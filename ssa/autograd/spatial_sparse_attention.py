@@ -50,7 +50,8 @@ def _(
 def _backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, o_cmp: Tensor, o_slc: Tensor,
     o_win: Tensor, lse_cmp: Tensor, lse_slc: Tensor, lse_win: Tensor, topk_indices: Tensor, csr_offsets: Tensor, csr_indices: Tensor,
-    chunks: Tensor, cu_seqlens: Tensor, cu_compression: Tensor, offsets: Tensor, cu_window: Tensor, window_index: Tensor | None, softmax_scale: float,
+    chunks: Tensor, cu_seqlens: Tensor, cu_compression: Tensor, offsets: Tensor, cu_window: Tensor, window_index: Tensor | None,
+    softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     do, q, k, v, k_cmp, v_cmp, gates = (x.contiguous() for x in (do, q, k, v, k_cmp, v_cmp, gates))
     dos, deltas, dgates = gated_sum_backward(do, [o_cmp, o_slc, o_win], gates)

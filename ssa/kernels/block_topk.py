@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, block_d, load_rows, load_tile, precision, tile_map
+from .common import block_d, load_rows, load_tile, precision, tile_map
+from .inner import exp_of, exponent_unit
 
 SCRATCH = 256 * 2**20
 GROUP = tl.constexpr(16)
@@ -34,7 +35,7 @@ def _config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
 
 @triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "num_tokens"])
 def _score_kernel(
-    q_ptr, k_ptr, lse2_ptr, scores_ptr, best_ptr, cu_blocks_ptr, child_offsets_ptr, fill_order_ptr, tiles_ptr, scale_log2, tile0,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, best_ptr, cu_blocks_ptr, child_offsets_ptr, fill_order_ptr, tiles_ptr, scale, tile0,
     num_tiles, chunk_tiles, num_blocks, num_groups, num_tokens, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -52,29 +53,30 @@ def _score_kernel(
         child = tl.load(child_offsets_ptr + block, mask=real, other=0)
         children = tl.load(child_offsets_ptr + block + 1, mask=real, other=0) - child
         q_ptr += (first.to(tl.int64) * HQ + kv * G) * D
-        lse2_ptr += (kv * G).to(tl.int64) * num_tokens + first
-        acc = tl.zeros([BLOCK_J, BLOCK_M], tl.float32)
+        lse_ptr += (kv * G).to(tl.int64) * num_tokens + first
+        unit, lse_unit = exponent_unit(tl.zeros([1], q_ptr.dtype.element_ty), scale)
+        acc = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
         for slot in range(0, tl.max(children, 0)):
             has = slot < children
             k = load_rows(k_ptr, ((child + slot).to(tl.int64) * HKV + kv) * D, has, D, BLOCK_D)
-            p = tl.zeros([BLOCK_J, BLOCK_M], tl.float32)
-            lse2 = tl.load(lse2_ptr + m, mask=valid, other=float("inf"))
+            p = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
+            lse = tl.load(lse_ptr + m, mask=valid, other=float("inf"))
             for h in range(G):
                 q = load_rows(q_ptr + h * D, m * (HQ * D), valid, D, BLOCK_D)
-                following = tl.minimum(h + 1, G - 1) * num_tokens.to(tl.int64)  # a head ahead: its latency would be waited for here
-                next_lse2 = tl.load(lse2_ptr + following + m, mask=valid, other=float("inf"))
-                p += tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse2[None, :])
-                lse2 = next_lse2
-            acc += tl.where(has[:, None], p, 0.0)  # absent children masked once for all heads
-        row = local * BLOCK_M + m
+                following = tl.minimum(h + 1, G - 1) * num_tokens.to(tl.int64)  # a head ahead: nothing waits for it
+                next_lse = tl.load(lse_ptr + following + m, mask=valid, other=float("inf"))
+                p += exp_of(q, tl.dot(q, k.T, input_precision=PRECISION) * unit - (lse * lse_unit)[:, None])
+                lse = next_lse
+            acc += tl.where(has[None, :], p, 0.0)  # absent children masked once for all heads
         stride = chunk_tiles * BLOCK_M
-        out = (kv * num_blocks + block).to(tl.int64)[:, None] * stride + row[None, :]
-        tl.store(scores_ptr + out, acc, mask=real[:, None])
+        row = local * BLOCK_M + m
+        scores_ptr += (kv * num_blocks).to(tl.int64) * stride
+        tl.store(scores_ptr + (block * stride)[None, :] + row[:, None], acc, mask=real[None, :])
         groups: tl.constexpr = BLOCK_J // GROUP
-        best = tl.max(tl.reshape(acc, [groups, GROUP, BLOCK_M]), 1)
+        best = tl.max(tl.reshape(acc, [BLOCK_M, groups, GROUP]), 2)
         group = column * groups + tl.arange(0, groups)
-        out = (kv * num_groups + group).to(tl.int64)[:, None] * stride + row[None, :]
-        tl.store(best_ptr + out, best, mask=(block0 + group * GROUP < block_end)[:, None])
+        best_ptr += (kv * num_groups).to(tl.int64) * stride
+        tl.store(best_ptr + (group * stride)[None, :] + row[:, None], best, mask=(block0 + group * GROUP < block_end)[None, :])
 
 
 @triton.jit
@@ -115,7 +117,9 @@ def _kth_best(scores_ptr, count, stride, topk, lo, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _write_ids(scores_ptr, listed_ptr, count, stride, out_ptr, block0, topk, lo, HKV: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr):
+def _write_ids(
+    scores_ptr, listed_ptr, count, stride, out_ptr, rows, block0, topk, lo, HKV: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr
+):  # fmt: skip
     """Ids of the topk best scores of every row, ascending, −1 after; `lo` from _kth_best."""
     above = _count(scores_ptr, count, stride, lo + 1, ROWS)
     out = out_ptr + tl.arange(0, ROWS) * (HKV * topk)
@@ -135,9 +139,8 @@ def _write_ids(scores_ptr, listed_ptr, count, stride, out_ptr, block0, topk, lo,
         tl.store(out[None, :] + place, ids, mask=chosen)
         equals += tl.sum(equal, 0)
         written += tl.sum(chosen.to(tl.int32), 0)
-    valid = count > 0
     for i in range(0, topk):
-        tl.store(out + i, tl.full([ROWS], -1, tl.int32), mask=valid & (written <= i))
+        tl.store(out + i, tl.full([ROWS], -1, tl.int32), mask=(tl.arange(0, ROWS) < rows) & (written <= i))
 
 
 @triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "topk"])
@@ -149,10 +152,11 @@ def _topk_kernel(
     pid = tl.program_id(0)
     part, local, kv = pid % parts, pid // parts % chunk_tiles, pid // (parts * chunk_tiles)
     sample, first, rows = load_tile(tiles_ptr, tile0 + local, num_tiles)
-    if part * ROWS < rows:
+    rows -= part * ROWS
+    if rows > 0:
         block0 = tl.load(cu_blocks_ptr + sample)
         n = tl.load(cu_blocks_ptr + sample + 1) - block0
-        count = tl.where(part * ROWS + tl.arange(0, ROWS) < rows, n, 0)
+        count = tl.where(tl.arange(0, ROWS) < rows, n, 0)
         stride = tl.multiple_of(chunk_tiles * BLOCK_M, ROWS)
         column = tl.multiple_of(local * BLOCK_M + part * ROWS, ROWS)
         scores_ptr += (kv * num_blocks + block0).to(tl.int64) * stride + column
@@ -175,10 +179,10 @@ def _topk_kernel(
         tl.debug_barrier()  # the list is read back by other threads
         if tl.max(length, 0) <= LIST:
             lo = _kth_best(list_ptr, length, stride, topk, bound, ROWS)
-            _write_ids(list_ptr, listed_ptr, length, stride, ids_ptr, block0, topk, lo, HKV, ROWS, True)
+            _write_ids(list_ptr, listed_ptr, length, stride, ids_ptr, rows, block0, topk, lo, HKV, ROWS, True)
         else:
             lo = _kth_best(scores_ptr, count, stride, topk, bound, ROWS)
-            _write_ids(scores_ptr, listed_ptr, count, stride, ids_ptr, block0, topk, lo, HKV, ROWS, False)
+            _write_ids(scores_ptr, listed_ptr, count, stride, ids_ptr, rows, block0, topk, lo, HKV, ROWS, False)
 
 
 def block_topk(
@@ -196,7 +200,7 @@ def block_topk(
     block_m = config["BLOCK_M"]
     tiles = tile_map(cu_seqlens, t, block_m)
     num_tiles = tiles.shape[2]
-    lse2 = (lse * LOG2E.value).t().contiguous()  # [Hq, T]
+    lse = lse.t().contiguous()  # [Hq, T]
     columns = triton.cdiv(num_blocks, config["BLOCK_J"])
     num_groups = columns * (config["BLOCK_J"] // GROUP.value)
     length = max(32, triton.next_power_of_2(2 * topk))
@@ -208,7 +212,7 @@ def block_topk(
     for tile0 in range(0, num_tiles, chunk):
         n = min(chunk, num_tiles - tile0)
         _score_kernel[(n * hkv * columns,)](
-            q, k_cmp, lse2, scores, best, cu_blocks, child_offsets, fill_order, tiles, scale * LOG2E.value, tile0, num_tiles, n,
+            q, k_cmp, lse, scores, best, cu_blocks, child_offsets, fill_order, tiles, scale, tile0, num_tiles, n,
             num_blocks, num_groups, t, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q), **config, **launch,
         )  # fmt: skip
         _topk_kernel[(n * hkv * (block_m // ROWS),)](

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_tiles", "steps"])
@@ -54,7 +53,8 @@ def tile_map(cu: Tensor, total: int, block_q: int, chunks: int = 1, starts: Tens
     out = torch.empty(chunks, 3, num_tiles, dtype=torch.int32, device=cu.device)
     if num_tiles:
         grid = (triton.cdiv(num_tiles, 256), chunks)
-        _tile_map_kernel[grid](cu, cu if starts is None else starts, out, n, num_tiles, n.bit_length(), BLOCK_Q=block_q, BLOCK=256, num_warps=2)
+        starts = cu if starts is None else starts
+        _tile_map_kernel[grid](cu, starts, out, n, num_tiles, n.bit_length(), BLOCK_Q=block_q, BLOCK=256, num_warps=2)
     return out
 
 

@@ -4,15 +4,34 @@
 
 Rows are (query, head) pairs of one key/value head, see common.py. GATHER says where position i of a grouping lies: 0: at row i itself;
 n > 0: at row index[i] // n (windows: n = 1; the inverse map of the selection, whose entries are (t Hkv + kv) topk + slot: n = Hkv · topk).
-Loops run over full tiles without a mask and once more, masked, over the rest. Exponentials are base 2 with the scale folded in.
+Loops run over full tiles without a mask and once more, masked, over the rest. Exponentials are base 2 with the scale folded in; in fp32
+the exponent is formed in natural units first, so that exp(lse − lse) is exactly 1.
 """
 
 import triton
 import triton.language as tl
 
-from .common import LN2, LOG2E, load_rows
+from .common import LOG2E, load_rows
 
 MAX_BOUND = tl.constexpr(50.0)  # in powers of two: scores then span at most 2^±50, far inside the 2^±126 of fp32 and bf16
+
+
+@triton.jit
+def exponent_unit(x, scale):
+    """(factor of a score, factor of an lse) in the units of `exp_of`."""
+    if x.dtype == tl.float32:
+        score, lse = scale, 1.0
+    else:
+        score, lse = scale * LOG2E, LOG2E
+    return score, lse
+
+
+@triton.jit
+def exp_of(x, s):
+    """exp of s, given in natural units where x is fp32 and in powers of two otherwise."""
+    if x.dtype == tl.float32:
+        s *= LOG2E
+    return tl.exp2(s)
 
 
 @triton.jit
@@ -49,7 +68,7 @@ def _keys(
 
 @triton.jit
 def _forward_loop(
-    acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in range(lo, hi, BLOCK_N):
@@ -58,12 +77,12 @@ def _forward_loop(
         if MASKED:
             s = tl.where(valid[None, :], s, -float("inf"))
         if BOUNDED:
-            p = tl.exp2(s * scale_log2 - m_i[:, None])
+            p = exp_of(q, s * unit - m_i[:, None])
             l_i += tl.sum(p, 1)
         else:
-            m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-            p = tl.exp2(s * scale_log2 - m_new[:, None])
-            alpha = tl.exp2(m_i - m_new)
+            m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
+            p = exp_of(q, s * unit - m_new[:, None])
+            alpha = exp_of(q, m_i - m_new)
             l_i = l_i * alpha + tl.sum(p, 1)
             acc *= alpha[:, None]
             m_i = m_new
@@ -73,7 +92,7 @@ def _forward_loop(
 
 @triton.jit
 def _forward_keys(
-    q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All keys lo … hi: full tiles without a mask, then the last one."""
@@ -81,16 +100,16 @@ def _forward_keys(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     full = lo + (hi - lo) // BLOCK_N * BLOCK_N
     acc, m_i, l_i = _forward_loop(
-        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, full, scale_log2, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, BOUNDED, PRECISION
+        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, full, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, BOUNDED, PRECISION
     )
     return _forward_loop(
-        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, full, hi, scale_log2, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, BOUNDED, PRECISION
+        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, full, hi, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, BOUNDED, PRECISION
     )
 
 
 @triton.jit
 def forward_rows(
-    q, k_norm, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, k_norm, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o [BLOCK_M, BLOCK_D] and lse [BLOCK_M] (natural log) of rows over keys lo … hi; no keys at all give 0 and −inf.
@@ -98,35 +117,36 @@ def forward_rows(
     Where |q| max|k| bounds every score well inside the range of the exponent, exp(s − bound) needs no running maximum. The bound is
     checked for every tile, so both ways are exact; BOUNDED False leaves the quick way out.
     """
+    unit, lse_unit = exponent_unit(q, scale)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if BOUNDED:
         q32 = q.to(tl.float32)
-        bound = tl.sqrt(tl.sum(q32 * q32, 1)) * k_norm * scale_log2
+        bound = tl.sqrt(tl.sum(q32 * q32, 1)) * k_norm * unit
         if tl.max(bound, 0) <= MAX_BOUND:  # false for NaN
             acc, m_i, l_i = _forward_keys(
-                q, bound, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, True, PRECISION
+                q, bound, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, True, PRECISION
             )
         else:
             acc, m_i, l_i = _forward_keys(
-                q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
+                q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
             )
     else:
         acc, m_i, l_i = _forward_keys(
-            q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
+            q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
         )
     empty = l_i == 0.0
     l_i = tl.where(empty, 1.0, l_i)
-    return acc / l_i[:, None], tl.where(empty, -float("inf"), m_i * LN2 + tl.log(l_i))
+    return acc / l_i[:, None], tl.where(empty, -float("inf"), m_i / lse_unit + tl.log(l_i))
 
 
 @triton.jit
 def _dq_loop(
-    dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale_log2, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in range(lo, hi, BLOCK_N):
         k, v, valid = _keys(k_ptr, v_ptr, index_ptr, kv, start, hi, HKV, D, BLOCK_D, BLOCK_N, GATHER, MASKED)
-        p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
+        p = exp_of(q, tl.dot(q, k.T, input_precision=PRECISION) * unit - lse[:, None])
         if MASKED:
             p = tl.where(valid[None, :], p, 0.0)
         ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
@@ -141,24 +161,26 @@ def dq_keys(
 ):  # fmt: skip
     """dq [BLOCK_M, BLOCK_D] of rows with their lse (natural log) and delta from keys lo … hi."""
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    lse *= LOG2E
+    unit, lse_unit = exponent_unit(q, scale)
+    lse *= lse_unit
     full = lo + (hi - lo) // BLOCK_N * BLOCK_N
     dq = _dq_loop(
-        dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, full, scale * LOG2E, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, PRECISION
+        dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, full, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, PRECISION
     )
     dq = _dq_loop(
-        dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, full, hi, scale * LOG2E, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, PRECISION
+        dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, full, hi, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, PRECISION
     )
     return dq * scale
 
 
 @triton.jit
 def _dkv_loop(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, lo, hi, end, scale_log2, HQ: tl.constexpr, G: tl.constexpr,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, lo, hi, end, scale, HQ: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // G
     some: tl.constexpr = MASKED or BLOCK_Q * G != BLOCK_M
+    unit, lse_unit = exponent_unit(k, scale)
     r = tl.arange(0, BLOCK_M)
     for start in range(lo, hi, BLOCK_Q):
         if GATHER > 0:
@@ -179,7 +201,7 @@ def _dkv_loop(
             else:
                 lse = tl.load(lse_ptr + base + near)
                 delta = tl.load(delta_ptr + base + near)
-        p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - (lse * LOG2E)[None, :])  # [BLOCK_N, BLOCK_M]
+        p = exp_of(k, tl.dot(k, q.T, input_precision=PRECISION) * unit - (lse * lse_unit)[None, :])  # [BLOCK_N, BLOCK_M]
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -194,10 +216,10 @@ def dkv_rows(
     """Adds the queries at positions lo … hi to dk (before its scale) and dv."""
     full = lo + (hi - lo) // (BLOCK_M // G) * (BLOCK_M // G)
     dk, dv = _dkv_loop(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, lo, full, hi, scale * LOG2E, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, lo, full, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
         False, PRECISION,
     )  # fmt: skip
     return _dkv_loop(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, full, hi, hi, scale * LOG2E, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, full, hi, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
         True, PRECISION,
     )  # fmt: skip

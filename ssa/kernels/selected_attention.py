@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, block_d, load_rows, load_tile, precision, store_rows, tile_map
+from .common import block_d, load_rows, load_tile, precision, store_rows, tile_map
 from .inner import dq_keys, forward_rows, packed_rows
 from .varlen_attention import largest_norm, launch_dkv
 
@@ -63,7 +63,7 @@ def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, T
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
 def _fwd_kernel(
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, k_norm_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale_log2, num_blocks,
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, k_norm_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
     entry0, TOPK: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def _fwd_kernel(
         if BOUNDED:
             k_norm = tl.load(k_norm_ptr + kv)
         o, lse = forward_rows(
-            q, k_norm, k_ptr, v_ptr, None, kv, lo, hi, scale_log2, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, BOUNDED, PRECISION
+            q, k_norm, k_ptr, v_ptr, None, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, BOUNDED, PRECISION
         )
         out = _partial_rows(entries_ptr, first, valid, entry0, G, BLOCK_M)
         store_rows(part_ptr, out * D, o, valid, D, BLOCK_D)
@@ -175,7 +175,7 @@ def selected_attention_forward(
     for c, tiles_c in enumerate(tiles):
         n = min(chunk, t - c * chunk)
         _fwd_kernel[(tiles.shape[2],)](
-            q, k, v, part, part_lse, k_norm, offsets, csr_indices, tiles_c, tiles.shape[2], scale * LOG2E.value, num_blocks,
+            q, k, v, part, part_lse, k_norm, offsets, csr_indices, tiles_c, tiles.shape[2], scale, num_blocks,
             c * chunk * hkv * topk, BOUNDED=k_norm is not None, **sizes, **config,
         )  # fmt: skip
         grid = (triton.cdiv(n * hq, 64),)
@@ -187,8 +187,8 @@ def selected_attention_forward(
 
 def selected_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, topk_indices: Tensor, offsets: Tensor, csr_offsets: Tensor,
-    csr_indices: Tensor, chunks: Tensor, chunk: int, scale: float, out: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
-    configs: tuple[dict | None, dict | None] = (None, None),
+    csr_indices: Tensor, chunks: Tensor, chunk: int, scale: float,
+    out: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None), configs: tuple[dict | None, dict | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv; tensors given in `out` are added to in place."""
     (t, hq, d), hkv, topk, num_blocks = q.shape, k.shape[1], topk_indices.shape[2], offsets.shape[0] - 1

@@ -1,22 +1,28 @@
 """The same operations in plain PyTorch without [T,T] memory: any device, any float type; what runs without a GPU.
 
-Every function works through pieces of bounded size and recomputes a piece's scores in the backward (`torch.utils.checkpoint`), so that
-only q, k, v and the outputs are kept. Offsets are read on the host. Rows of a piece are gathered into a padded batch
-[pieces, rows, Hkv, …]: one matrix product serves many small windows or many queries of one block.
+Every branch is a set of segments: some queries that all see the same keys. The selected branch turns its lists around (block → queries
+that chose it), attends block by block and joins the blocks of a query by their lse, as flash attention joins tiles of keys; so every
+branch reads keys as they lie, and its backward, which recomputes the scores from lse, gathers and never scatters onto one row twice.
+Segments of similar size share a padded batch of matrix products. Padding reads and writes one extra row of zeros at the end of a tensor,
+so nothing crosses segments, not even NaN. Offsets are read on the host.
+
+Letters: N rows of queries, H = Hkv, G = Hq / Hkv, M queries and L keys of a tile, n tiles of a batch.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from .partition import Blocks, VoxelPartition
 
-PIECE = 2**24  # score elements of one piece
+PIECE = 2**22  # elements of the largest temporary tensor: scores of a batch, queries of a piece
+
+Tiles = Iterator[tuple[Tensor, Tensor]]  # (lists [n, M], rows of k [n, L]) of each batch, padded with the number of lists and of rows
 
 
 def varlen_attention(
@@ -47,53 +53,49 @@ def block_topk(
     scale = d**-0.5 if softmax_scale is None else softmax_scale
     ids = torch.full((t, hkv, topk), -1, dtype=torch.int32, device=q.device)
     cu, cu_cmp, cu_slc = (x.tolist() for x in (partition.cu_seqlens, partition.compression.cu_blocks, partition.selection.cu_blocks))
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         for b in range(partition.batch_size):
-            keys = k_cmp[cu_cmp[b] : cu_cmp[b + 1]]
+            keys = k_cmp[cu_cmp[b] : cu_cmp[b + 1]].to(lse.dtype)
             parents = partition.parents[cu_cmp[b] : cu_cmp[b + 1]].long() - cu_slc[b]
             num_blocks = cu_slc[b + 1] - cu_slc[b]
-            rows = max(1, PIECE // max(1, hq * keys.shape[0]))
-            for i in range(cu[b], cu[b + 1], rows):
+            rows = max(1, PIECE // max(1, hq // hkv * keys.shape[0]))
+            for i, h in itertools.product(range(cu[b], cu[b + 1], rows), range(hkv)):
                 j = min(i + rows, cu[b + 1])
-                s = _heads_first(q[i:j], hkv) @ keys.permute(1, 2, 0)[:, None]  # [Hkv, G, rows, C]
-                s = (s * scale).to(lse.dtype)
-                p = torch.exp(s - lse[i:j].unflatten(1, (hkv, -1)).permute(1, 2, 0)[..., None]).sum(1)
-                score = p.new_zeros(*p.shape[:2], num_blocks).index_add_(2, parents, p)
-                best = score.topk(min(topk, num_blocks), dim=-1).indices.sort(-1).values + cu_slc[b]
-                ids[i:j, :, : best.shape[-1]] = best.transpose(0, 1).int()
+                group = slice(h * (hq // hkv), (h + 1) * (hq // hkv))
+                s = keys[:, h] @ q[i:j, group].to(lse.dtype).flatten(0, 1).T  # [C, rows * G]
+                p = s.mul_(scale).sub_(lse[i:j, group].flatten()).exp_().unflatten(1, (j - i, -1)).sum(-1)
+                score = p.new_zeros(num_blocks, j - i).index_add_(0, parents, p)
+                best = score.T.contiguous().topk(min(topk, num_blocks), dim=-1).indices.sort(-1).values + cu_slc[b]
+                ids[i:j, h, : best.shape[-1]] = best.int()
     return ids
 
 
 def selected_attention(
     q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, partition: VoxelPartition, *, softmax_scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Every query attends to all tokens of the blocks it chose: the tokens' rows are listed per (query, kv head) and gathered."""
-    (t, hq, d), hkv = q.shape, k.shape[1]
+    """Every query attends to all tokens of the blocks it chose."""
+    (t, hq, d), hkv, topk = q.shape, k.shape[1], topk_indices.shape[2]
     scale = d**-0.5 if softmax_scale is None else softmax_scale
-    offsets = partition.selection.offsets.long()
-    ids = topk_indices.long()
-    first = torch.where(ids >= 0, offsets[ids.clamp(min=0)], 0)
-    size = torch.where(ids >= 0, offsets[ids.clamp(min=0) + 1], 0) - first
-    end = size.cumsum(-1)  # [T, Hkv, topk]: where each chosen block ends in the list
+    offsets, num_blocks = partition.selection.offsets.tolist(), len(partition.selection)
+    starts_k = [h * t + x for h in range(hkv) for x in offsets[:-1]]  # block x of kv head h is segment h * num_blocks + x
+    sizes_k = [end - start for start, end in itertools.pairwise(offsets)] * hkv
+    segment = topk_indices.long() + num_blocks * torch.arange(hkv, device=q.device)[:, None]
+    segment = segment.masked_fill(topk_indices < 0, num_blocks * hkv).reshape(t * hkv, topk)
+    rows = max(1, PIECE // max(1, topk * max(1, hq // hkv) * d))
 
-    def piece(q: Tensor, k: Tensor, v: Tensor, first: Tensor, size: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-        n = end[..., -1]  # [rows, Hkv]
-        place = torch.arange(max(1, int(n.max())), device=q.device).expand(*n.shape, -1).contiguous()
-        slot = torch.searchsorted(end, place, right=True).clamp_(max=end.shape[-1] - 1)
-        row = first.gather(-1, slot) + place - (end - size).gather(-1, slot)
-        visible = place < n[..., None]
-        row = torch.where(visible, row, 0) * hkv + torch.arange(hkv, device=q.device)[:, None]
-        keys, values = (x.flatten(0, 1)[row] for x in (k, v))  # [rows, Hkv, n, D]
-        s = (q.unflatten(1, (hkv, -1)) @ keys.transpose(-1, -2) * scale).masked_fill(~visible[:, :, None], -torch.inf)
-        p, lse = _softmax(s)
-        return (p.to(values.dtype) @ values).flatten(1, 2), lse.flatten(1)
+    def pieces() -> Iterator[tuple[int, int, Tiles]]:
+        for i in range(0, t * hkv, rows):
+            j = min(i + rows, t * hkv)
+            lists = segment[i:j].flatten()
+            sizes_q = torch.bincount(lists, minlength=num_blocks * hkv + 1).tolist()[:-1]
+            starts_q = itertools.accumulate(sizes_q, initial=0)
+            segments = zip(starts_q, sizes_q, starts_k, sizes_k, strict=False)
+            yield i, j, _tiles(segments, hq // hkv, d, lists.argsort(stable=True), lists.shape[0], None, t * hkv, q.device)
 
-    longest = int(end[..., -1].max()) if t and hkv else 0
-    rows = max(1, PIECE // max(1, hkv * longest * max(d, hq // hkv)))
-    outputs = [
-        _recompute(piece, q[i : i + rows], k, v, *(x[i : i + rows] for x in (first, size, end))) for i in range(0, t, rows)
-    ]
-    return _join(q, outputs)
+    queries = q.unflatten(1, (hkv, hq // hkv)).flatten(0, 1)[:, None]  # [N = T * Hkv, 1, G, D]
+    keys, values = (x.transpose(0, 1).flatten(0, 1)[:, None] for x in (k, v))  # [Hkv * T, 1, D]
+    o, lse = _Attention.apply(queries, keys, values, scale, topk, pieces)
+    return o.reshape(q.shape), lse.reshape(t, hq)
 
 
 def block_mean(x: Tensor, blocks: Blocks) -> Tensor:
@@ -114,7 +116,7 @@ def segment_mean(x: Tensor, offsets: Tensor, index: Tensor | None = None, extra:
 
 def add_position(x: Tensor, table: Tensor, slots: Tensor) -> Tensor:
     """x [T, F], table [P, F], slots [T] → x + table[slots] in x's dtype."""
-    return (x.to(torch.promote_types(x.dtype, table.dtype)) + table[slots]).to(x.dtype)
+    return (x.to(torch.promote_types(x.dtype, table.dtype)) + table.index_select(0, slots.long())).to(x.dtype)
 
 
 def submanifold_conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors: Tensor) -> Tensor:
@@ -160,76 +162,139 @@ def _neighbor_rows(x: Tensor, neighbors: Tensor, tap: int) -> Tensor:
 def _segments(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, index: Tensor | None, softmax_scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention inside segments; segments of similar size share a padded batch, long ones are cut by queries."""
-    hkv = k.shape[1]
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    if index is not None:
-        q, k, v = (x[index.long()] for x in (q, k, v))
-
-    def piece(q: Tensor, k: Tensor, v: Tensor, rows_q: Tensor, rows_k: Tensor) -> tuple[Tensor, Tensor]:
-        queries = q[rows_q.clamp(min=0)].unflatten(2, (hkv, -1)).permute(0, 2, 3, 1, 4)  # [n, Hkv, G, rows, D]
-        keys, values = (x[rows_k.clamp(min=0)].permute(0, 2, 1, 3)[:, :, None] for x in (k, v))  # [n, Hkv, 1, keys, D]
-        absent = (rows_k < 0)[:, None, None, None]
-        s = (queries @ keys.transpose(-1, -2) * scale).masked_fill(absent, -torch.inf)
-        p, lse = _softmax(s)
-        o = (p.to(values.dtype) @ values.masked_fill(absent.transpose(-1, -2), 0)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        real = rows_q >= 0
-        return o[real], lse.permute(0, 3, 1, 2).flatten(2, 3)[real]
-
-    outputs, places = [], []
-    for rows_q, rows_k in _batches(cu_q, cu_k, q.shape[1], q.device):
-        outputs.append(_recompute(piece, q, k, v, rows_q, rows_k))
-        places.append(rows_q[rows_q >= 0])
-    o, lse = _join(q, outputs)
-    if places:
-        place = torch.cat(places)
-        if index is not None:
-            place = index.long()[place]
-        back = torch.empty_like(place).scatter_(0, place, torch.arange(place.shape[0], device=place.device))
-        o, lse = o[back], lse[back]
-    return o, lse
-
-
-def _batches(cu_q: Tensor, cu_k: Tensor, num_heads: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows_q [n, most], rows_k [n, most]), −1 where padded, so that every query row of every segment comes once."""
+    """Attention inside segments of consecutive rows, or of consecutive places of `index`."""
+    (t, hq, d), (num_keys, hkv) = q.shape, k.shape[:2]
+    scale = d**-0.5 if softmax_scale is None else softmax_scale
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
-    segments = zip(starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:], strict=True)
-    jobs = []  # (keys, queries, first key, first query) of a piece
-    for q0, q1, k0, k1 in segments:
-        step = max(1, PIECE // max(1, num_heads * (k1 - k0)))
-        jobs += [(k1 - k0, min(step, q1 - i), k0, i) for i in range(q0, q1, step)]
-    jobs.sort()
-    while jobs:
-        batch = [jobs.pop()]
-        most_k, most_q = batch[0][:2]
-        while jobs and (len(batch) + 1) * num_heads * max(most_q, jobs[-1][1]) * max(1, most_k) <= PIECE // 4 and 2 * jobs[-1][0] >= most_k:
-            batch.append(jobs.pop())
-            most_q = max(most_q, batch[-1][1])
-        keys, queries, first_k, first_q = torch.tensor(batch, device=device).T[:, :, None]
-        step_q, step_k = (torch.arange(n, device=device) for n in (most_q, max(1, most_k)))
-        yield torch.where(step_q < queries, first_q + step_q, -1), torch.where(step_k < keys, first_k + step_k, -1)
+    sizes_q, sizes_k = ([b - a for a, b in itertools.pairwise(starts)] for starts in (starts_q, starts_k))
+    order = None if index is None else index.long()
+
+    def pieces() -> Iterator[tuple[int, int, Tiles]]:
+        segments = zip(starts_q, sizes_q, starts_k, sizes_k, strict=False)
+        yield 0, t, _tiles(segments, hq, d, order, t, order, num_keys, q.device)
+
+    o, lse = _Attention.apply(q.unflatten(1, (hkv, hq // hkv)), k, v, scale, 1, pieces)
+    return o.flatten(1, 2), lse.flatten(1)
 
 
-def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and lse (fp32 or wider) of scores whose hidden entries are −inf; a row of −inf gives zeros and −inf."""
-    s = s.to(torch.promote_types(s.dtype, torch.float32))
-    empty = (s == -torch.inf).all(-1, keepdim=True)
-    lse = torch.logsumexp(s.masked_fill(empty, 0.0), -1, keepdim=True)
-    p = torch.exp(s - lse)
-    return p, lse.masked_fill(empty, -torch.inf)[..., 0]
+def _tiles(
+    segments: Iterator[tuple[int, int, int, int]], num_heads: int, head_dim: int,
+    order_q: Tensor | None, end_q: int, order_k: Tensor | None, end_k: int, device: torch.device,
+) -> Tiles:  # fmt: skip
+    """Segments (first query, queries, first key, keys), places in the orders, as batches of tiles padded with end_q and end_k.
+
+    Sizes of one batch differ by less than twice. Long segments are cut by queries; no batch holds two parts of one segment, so that a
+    batch adds to a row of dk once.
+    """
+    jobs = []
+    for first_q, queries, first_k, keys in segments:
+        if queries and keys:
+            step = max(1, PIECE // (num_heads * max(keys, head_dim)))
+            jobs += [(keys, min(step, queries - i), first_k, first_q + i) for i in range(0, queries, step)]
+
+    def similar(job: tuple[int, int, int, int]) -> tuple[int, int]:
+        return job[0].bit_length(), job[1].bit_length()
+
+    def rows(first: Tensor, size: Tensor, most: int, order: Tensor | None, end: int) -> Tensor:
+        step = torch.arange(most, device=device)
+        place = first + step
+        if order is not None:
+            place = order[place.clamp_(max=order.shape[0] - 1)]
+        return torch.where(step < size, place, end)
+
+    for _, group in itertools.groupby(sorted(jobs, key=similar), similar):
+        same = list(group)
+        most_k, most_q = (max(sizes) for sizes in itertools.islice(zip(*same, strict=True), 2))
+        count = max(1, PIECE // 4 // max(num_heads * most_q * max(most_k, head_dim), num_heads * most_k * head_dim))
+        for i in range(0, len(same), count):
+            keys, queries, first_k, first_q = torch.tensor(same[i : i + count], device=device).T[:, :, None]
+            yield rows(first_q, queries, most_q, order_q, end_q), rows(first_k, keys, most_k, order_k, end_k)
 
 
-def _heads_first(q: Tensor, num_kv_heads: int) -> Tensor:
-    """[T,Hq,D] → [Hkv,G,T,D]."""
-    return q.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+class _Attention(torch.autograd.Function):
+    """q [N,H,G,D], k, v [rows,H,D] → o like q, lse [N,H,G] (fp32 or wider), where query i has `width` lists of keys.
+
+    pieces() yields (i, j, tiles) over the queries; the tiles of queries i … j name their lists 0 … (j − i) · width. Saves what it was given,
+    o and lse; with p = exp(s − lse) and delta = Σ o · do − dlse, ds = p (do · v − delta) (arXiv 2307.08691, section 3.1).
+    """
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, width: int, pieces: Callable[[], Iterator[tuple[int, int, Tiles]]]
+    ) -> tuple[Tensor, Tensor]:
+        o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _widened(q.new_empty(q.shape[:-1]))
+        keys, values = _with_zero_row(k), _with_zero_row(v)
+        with torch.autocast(q.device.type, enabled=False):
+            for i, j, tiles in pieces():
+                queries = _with_zero_row(q[i:j])
+                o_list = queries.new_zeros((j - i) * width + 1, *q.shape[1:])
+                lse_list = queries.new_full(o_list.shape[:-1], -torch.inf)
+                for lists, rows in tiles:
+                    s = _scores(_rows(queries, lists // width), keys, rows, scale)  # [n, H, M * G, L]
+                    top = s.amax(-1, keepdim=True)
+                    p = s.sub_(top).exp_()
+                    total = p.sum(-1, keepdim=True)
+                    o_tile = (p @ _rows(values, rows)).div_(total)
+                    _write(o_list, lists, o_tile)
+                    _write(lse_list, lists, top.add_(total.log_())[..., 0])
+                o[i:j], lse[i:j] = _join(o_list[:-1].unflatten(0, (j - i, width)), lse_list[:-1].unflatten(0, (j - i, width)))
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.scale, ctx.width, ctx.pieces = scale, width, pieces
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do: Tensor, dlse: Tensor):
+        q, k, v, o, lse = ctx.saved_tensors
+        width, scale = ctx.width, ctx.scale
+        keys, values, dq = _with_zero_row(k), _with_zero_row(v), torch.empty_like(q)
+        dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+        delta = (_widened(o) * do).sum(-1) - dlse
+        with torch.autocast(q.device.type, enabled=False):
+            for i, j, tiles in ctx.pieces():
+                queries, do_piece, lse_piece, delta_piece = (_with_zero_row(x[i:j]) for x in (q, do, lse, delta))
+                dq_list = queries.new_zeros((j - i) * width + 1, *q.shape[1:])
+                for lists, rows in tiles:
+                    query = lists // width
+                    q_tile, do_tile = _rows(queries, query), _rows(do_piece, query)
+                    p = _scores(q_tile, keys, rows, scale).sub_(_rows(lse_piece[..., None], query)).exp_()
+                    dv.index_add_(0, rows.flatten(), (p.mT @ do_tile).transpose(1, 2).flatten(0, 1))
+                    ds = (do_tile @ _rows(values, rows).mT).sub_(_rows(delta_piece[..., None], query)).mul_(p)
+                    dk.index_add_(0, rows.flatten(), (ds.mT @ q_tile).transpose(1, 2).flatten(0, 1))
+                    _write(dq_list, lists, ds @ _rows(keys, rows))
+                dq[i:j] = dq_list[:-1].unflatten(0, (j - i, width)).sum(1).mul_(scale)
+        return dq, dk[:-1].mul_(scale).to(k.dtype), dv[:-1].to(v.dtype), None, None, None
 
 
-def _recompute(piece: Callable, *args: Tensor) -> tuple[Tensor, Tensor]:
-    return checkpoint(piece, *args, use_reentrant=False, preserve_rng_state=False)
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _join(q: Tensor, outputs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if not outputs:
-        return q * 0, q.new_zeros(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    o, lse = zip(*outputs, strict=True)
-    return torch.cat(o), torch.cat(lse)
+def _with_zero_row(x: Tensor) -> Tensor:
+    """[rows, …] → [rows + 1, …], fp32 or wider: the row that padding reads."""
+    return torch.cat([_widened(x), _widened(x.new_zeros(1, *x.shape[1:]))])
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x [N,H,G,D] or [N,H,D], rows [n,M] → [n,H,M·G,D] or [n,H,M,D]."""
+    x = x.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
+    return x.flatten(2, 3) if x.dim() == 5 else x
+
+
+def _write(x: Tensor, rows: Tensor, values: Tensor) -> None:
+    """values [n,H,M·G,…] into the rows [n,M] of x [N,H,G,…]: the inverse of `_rows`."""
+    values = values.unflatten(2, (rows.shape[1], -1)).transpose(1, 2)
+    x.index_copy_(0, rows.flatten(), values.flatten(0, 1))
+
+
+def _scores(queries: Tensor, keys: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """[n,H,M·G,D] · [n,L] rows of keys → [n,H,M·G,L], −inf where padded."""
+    s = (queries @ _rows(keys, rows).mT).mul_(scale)
+    return s.masked_fill_((rows == keys.shape[0] - 1)[:, None, None], -torch.inf)
+
+
+def _join(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """o [N,width,…,D], lse [N,width,…] of the lists of a query → o, lse of their union; without any key 0 and −inf."""
+    total = lse.logsumexp(1)
+    weight = (lse - total.masked_fill(total == -torch.inf, 0)[:, None]).exp_()
+    return (weight[..., None] * o).sum(1), total

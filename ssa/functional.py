@@ -236,7 +236,7 @@ def _installed() -> bool:
 @torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     """Whether the kernels were defined under Triton's interpreter, which takes CPU tensors."""
-    from .kernels.common import interpreted
+    from .autograd.common import interpreted
 
     return interpreted()
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from torch.library import CustomOpDef
 
+from ..kernels.common import interpreted
+
+__all__ = ["first_order_only", "interpreted"]
+
 
 def first_order_only(op: CustomOpDef) -> None:
     """Gives a backward op a gradient that says there is none, instead of a silent zero."""

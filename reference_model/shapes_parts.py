@@ -176,7 +176,7 @@ def lattice(p: SimpleNamespace, rng: np.random.Generator) -> Solid:
 
 
 @family(
-    cells=(1.0, 2.6), sheet=(0.08, 0.4), shift_x=(0.0, 6.28), shift_y=(0.0, 6.28),
+    cells=(1.0, 2.3), sheet=(0.25, 0.6), shift_x=(0.0, 6.28), shift_y=(0.0, 6.28),
     shift_z=(0.0, 6.28), level=(-0.3, 0.3), width=(0.6, 1.0), height=(0.6, 1.0),
 )
 def minimal(p: SimpleNamespace, rng: np.random.Generator) -> Solid:
@@ -196,7 +196,7 @@ def minimal(p: SimpleNamespace, rng: np.random.Generator) -> Solid:
         return p.sheet - abs(g - p.level) if both else p.level - g
 
     body = [ball(1.0, 96), box(1.7, 1.7, 1.7), _disc(1.8, 0.95)][rng.integers(3)].scale([p.width, p.width, p.height])
-    return largest(Manifold.level_set(field, [-1.02] * 3 + [1.02] * 3, 2.04 / 64) ^ body)
+    return largest(Manifold.level_set(field, [-1.02] * 3 + [1.02] * 3, 2.04 / 68) ^ body)
 
 
 @family(

@@ -214,8 +214,8 @@ def _tiles(
 class _Attention(torch.autograd.Function):
     """q [N,H,G,D], k, v [rows,H,D] → o like q, lse [N,H,G] (fp32 or wider), where query i has `width` lists of keys.
 
-    pieces() yields (i, j, tiles) over the queries; the tiles of queries i … j name their lists 0 … (j − i) · width. Saves what it was given,
-    o and lse; with p = exp(s − lse) and delta = Σ o · do − dlse, ds = p (do · v − delta) (arXiv 2307.08691, section 3.1).
+    pieces() yields (i, j, tiles) over the queries; the tiles of queries i … j name their lists 0 … (j − i) · width. Saves q, k, v, o, lse;
+    with p = exp(s − lse) and delta = Σ o · do − dlse, ds = p (do · v − delta) (arXiv 2307.08691, section 3.1).
     """
 
     @staticmethod
@@ -249,8 +249,9 @@ class _Attention(torch.autograd.Function):
         width, scale = ctx.width, ctx.scale
         keys, values, dq = _with_zero_row(k), _with_zero_row(v), torch.empty_like(q)
         dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
-        delta = (_widened(o) * do).sum(-1) - dlse
         with torch.autocast(q.device.type, enabled=False):
+            # a matrix product like do · v, so that the two cancel to the last bit where a query sees one key
+            delta = (_widened(o)[..., None, :] @ _widened(do)[..., None])[..., 0, 0] - dlse
             for i, j, tiles in ctx.pieces():
                 queries, do_piece, lse_piece, delta_piece = (_with_zero_row(x[i:j]) for x in (q, do, lse, delta))
                 dq_list = queries.new_zeros((j - i) * width + 1, *q.shape[1:])

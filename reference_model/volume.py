@@ -29,6 +29,7 @@ from torch import Tensor
 
 TAU = 1 / 128
 CELL = 8
+_ROWS = 1 << 17  # voxels decoded at once: they stay in the cache
 _FORMAT, _VERSION, _LEVELS = "ssa-volume", "1", 32767
 
 
@@ -162,25 +163,30 @@ def _decode(tensors: dict[str, Tensor], header: dict[str, str]) -> Volume:
         if x.dtype != dtype or tuple(x.shape) != shape:
             raise ValueError(f"{name} must be {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}")
     band = np.unpackbits(tensors["band"].numpy(), axis=1).view(np.bool_)
-    places = torch.from_numpy(np.flatnonzero(band))
+    places = np.flatnonzero(band)
     if len(places) != n or not band.any(1).all():
         raise ValueError(f"band must mark one child a value and one at least in each latent, got {len(places)} children for {n} values")
     latents = tensors["latents"].int()
     keys = (latents.long() * torch.tensor([1 << 32, 1 << 16, 1])).sum(1)
     if cells and (latents.min() < 0 or latents.max() >= resolution // CELL or not (keys[1:] > keys[:-1]).all()):
         raise ValueError("latents must be unique, lexicographic and in the grid")
-    index = (places >> 9).int()
-    children = torch.cartesian_prod(*(torch.arange(CELL, dtype=torch.int32),) * 3)
-    coords = (latents * CELL)[index]
-    coords += children[places & 511]
+    index = (places >> 9).astype(np.int32)
+    origins = (latents * CELL).numpy()
+    children = torch.cartesian_prod(*(torch.arange(CELL, dtype=torch.int32),) * 3).numpy()
+    coords = np.empty((n, 3), np.int32)
+    for i in range(0, n, _ROWS):
+        np.take(origins, index[i : i + _ROWS], 0, out=coords[i : i + _ROWS], mode="clip")
+        coords[i : i + _ROWS] += np.take(children, places[i : i + _ROWS] & 511, 0)
     levels = tensors["values"]
-    inside = np.empty((cells, CELL**3), np.bool_)
-    inside[band] = (levels < 0).numpy()
-    inside[~band] = np.unpackbits(tensors["inside"].numpy(), count=cells * CELL**3 - n).view(np.bool_)
+    inside = torch.empty(cells * CELL**3, dtype=torch.bool)
+    inside[torch.from_numpy(places)] = levels < 0
+    rest = np.unpackbits(tensors["inside"].numpy(), count=cells * CELL**3 - n).view(np.bool_)
+    inside[torch.from_numpy(np.flatnonzero(~band))] = torch.from_numpy(rest)
     return Volume(
-        resolution=resolution, coords=coords, values=levels.float() / _LEVELS, latents=latents, latent_index=index,
+        resolution=resolution, coords=torch.from_numpy(coords), values=levels.float().div_(_LEVELS), latents=latents,
+        latent_index=torch.from_numpy(index),
         sharp=torch.from_numpy(np.unpackbits(tensors["sharp"].numpy(), count=n).view(np.bool_)),
-        inside=torch.from_numpy(inside), scale=float(header["scale"]), offset=tuple(json.loads(header["offset"])),
+        inside=inside.view(cells, CELL**3), scale=float(header["scale"]), offset=tuple(json.loads(header["offset"])),
         y_up=bool(json.loads(header["y_up"])), meta=json.loads(header["meta"]),
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ def spatial_sparse_attention(
 
     Returns: [T,Hq,D]. Gradients for q, k, v, k_cmp, v_cmp, gates.
     """
-    q, k, v, k_cmp, v_cmp = _autocast(q, k, v, k_cmp, v_cmp)
+    q, k, v, k_cmp, v_cmp = _autocast(q=q, k=k, v=v, k_cmp=k_cmp, v_cmp=v_cmp)
     _check_partition(q, partition)
     _check_attention(q, k, v, q.shape[0])
     _check_attention(q, k_cmp, v_cmp, partition.parents.shape[0], "k_cmp", "v_cmp")
@@ -79,7 +79,7 @@ def compression_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, partition: VoxelPartition, *, softmax_scale: float | None = None, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Every query [T,Hq,D] attends to the compressed tokens [C,Hkv,D] of its sample (Eq. 6) → o [T,Hq,D], lse [T,Hq]."""
-    q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
+    q, k_cmp, v_cmp = _autocast(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
     _check_partition(q, partition)
     _check_attention(q, k_cmp, v_cmp, partition.parents.shape[0], "k_cmp", "v_cmp")
     scale, impl = _scale(q, softmax_scale), _choose(impl, q)
@@ -103,7 +103,7 @@ def block_topk(
     q [T,Hq,D], k_cmp [C,Hkv,D], lse [T,Hq] of the compression attention → [T,Hkv,topk] int32: global ids, valid ones first and
     ascending, −1 after where a sample has fewer blocks. Block J scores Σ_{j in J} Σ_h exp(q_h·k_cmp[j] scale − lse_h). No gradient.
     """
-    q, k_cmp = (x.detach() for x in _autocast(q, k_cmp))
+    q, k_cmp = (x.detach() for x in _autocast(q=q, k_cmp=k_cmp))
     _check_partition(q, partition)
     _check_attention(q, k_cmp, k_cmp, partition.parents.shape[0], "k_cmp", "k_cmp")
     if lse.shape != q.shape[:2] or lse.dtype not in (torch.float32, torch.float64) or lse.device != q.device:
@@ -133,7 +133,7 @@ def selected_attention(
 
     q [T,Hq,D], k, v [T,Hkv,D], topk_indices [T,Hkv,topk] int32 as from `block_topk` → o [T,Hq,D], lse [T,Hq].
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = _autocast(q=q, k=k, v=v)
     _check_partition(q, partition)
     _check_attention(q, k, v, q.shape[0])
     _check_topk_indices(topk_indices, q, k)
@@ -149,7 +149,7 @@ def window_attention(
     q: Tensor, k: Tensor, v: Tensor, partition: VoxelPartition, *, softmax_scale: float | None = None, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention among the tokens of each window of the partition: q [T,Hq,D], k, v [T,Hkv,D] → o [T,Hq,D], lse [T,Hq]."""
-    q, k, v = _autocast(q, k, v)
+    q, k, v = _autocast(q=q, k=k, v=v)
     _check_partition(q, partition)
     _check_attention(q, k, v, q.shape[0])
     scale, impl = _scale(q, softmax_scale), _choose(impl, q)
@@ -174,7 +174,7 @@ def varlen_attention(
     q [Tq,Hq,D], k, v [Tk,Hkv,D]; cu_seqlens_q, cu_seqlens_k [n+1] int32, non-decreasing from 0 to Tq and Tk: rows of segment i of q
     attend to the rows of segment i of k. No longest length is needed. → o [Tq,Hq,D], lse [Tq,Hq].
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = _autocast(q=q, k=k, v=v)
     _check_attention(q, k, v, k.shape[0] if isinstance(k, Tensor) and k.ndim else 0)
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu.ndim != 1 or cu.shape[0] < 1 or cu.dtype != torch.int32 or cu.device != q.device:
@@ -193,16 +193,17 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, index: 
     return op(q, k, v, cu_q, cu_k, index, scale)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast float tensors take its dtype here; the ops themselves never cast, so lse stays float32."""
-    for x in tensors:
+    for name, x in tensors.items():
         if not isinstance(x, Tensor):
-            raise TypeError(f"q, k and v must be torch.Tensor, got {type(x).__name__}")
-    device_type = tensors[0].device.type
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    xs = tuple(tensors.values())
+    device_type = xs[0].device.type
     if not torch.is_autocast_enabled(device_type):
-        return tensors
+        return xs
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in xs)
 
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float:

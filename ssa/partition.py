@@ -116,7 +116,7 @@ class VoxelPartition:
         window = _contiguous_window(window_size, window_shift, self.compression, self.selection)
         if window is None:
             if self.num_tokens == 0:
-                return dataclasses.replace(self, window=_no_blocks(self.cu_seqlens, window_size), window_shift=window_shift)
+                return dataclasses.replace(self, window=_no_blocks(self.cu_seqlens, window_size, True), window_shift=window_shift)
             ids, index = _window_order(self.coords, window_size, window_shift)
             window = _blocks(self.coords, ids, int(ids[-1]) + 1, self.cu_seqlens, window_size, window_shift, index)
         return dataclasses.replace(self, window=window, window_shift=window_shift)
@@ -362,15 +362,15 @@ def _blocks(
     return Blocks(size=size, offsets=offsets, cu_blocks=cu_blocks, coords=coords, index=index)
 
 
-def _no_blocks(cu_seqlens: Tensor, size: int) -> Blocks:
+def _no_blocks(cu_seqlens: Tensor, size: int, gathered: bool = False) -> Blocks:
     zero = torch.zeros(1, dtype=torch.int32, device=cu_seqlens.device)
-    return Blocks(size, zero, torch.zeros_like(cu_seqlens), zero.new_zeros(0, 4))
+    return Blocks(size, zero, torch.zeros_like(cu_seqlens), zero.new_zeros(0, 4), zero.new_zeros(0) if gathered else None)
 
 
 def _empty(device: torch.device, m_cmp: int, m_slc: int, window_size: int, window_shift: int, num_samples: int) -> VoxelPartition:
     cu_seqlens = torch.zeros(num_samples + 1, dtype=torch.int32, device=device)
     compression, selection = (_no_blocks(cu_seqlens, m) for m in (m_cmp, m_slc))
-    window = _contiguous_window(window_size, window_shift, compression, selection) or _no_blocks(cu_seqlens, window_size)
+    window = _contiguous_window(window_size, window_shift, compression, selection) or _no_blocks(cu_seqlens, window_size, True)
     order, none = (torch.zeros(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
     coords = none.new_zeros(0, 4)
     return VoxelPartition(

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_LOW = tl.constexpr(1.925963033500e-8)  # what fp32 leaves out of it
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_tiles", "steps"])

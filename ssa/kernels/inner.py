@@ -11,7 +11,7 @@ the exponent is formed in natural units first, so that exp(lse − lse) is exact
 import triton
 import triton.language as tl
 
-from .common import LOG2E, load_rows
+from .common import LN2, LOG2E, LOG2E_LOW, load_rows
 
 MAX_BOUND = tl.constexpr(50.0)  # in powers of two: scores then span at most 2^±50, far inside the 2^±126 of fp32 and bf16
 
@@ -30,8 +30,14 @@ def exponent_unit(x, scale):
 def exp_of(x, s):
     """exp of s, given in natural units where x is fp32 and in powers of two otherwise."""
     if x.dtype == tl.float32:
-        s *= LOG2E
-    return tl.exp2(s)
+        # s log2 e in two parts: rounding it once would cost |s| roundings of the result
+        high = s * LOG2E
+        low = tl.fma(s, LOG2E, -high) + s * LOG2E_LOW
+        p = tl.exp2(high)
+        p += tl.where(s > -100.0, p * low * LN2, 0.0)
+    else:
+        p = tl.exp2(s)
+    return p
 
 
 @triton.jit

@@ -118,9 +118,11 @@ def _dkv_kernel(
 def _delta_kernel(o_ptr, do_ptr, dlse_ptr, delta_ptr, num_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < num_rows
-    o = load_rows(o_ptr, row * D, valid, D, BLOCK_D).to(tl.float32)
-    do = load_rows(do_ptr, row * D, valid, D, BLOCK_D).to(tl.float32)
-    tl.store(delta_ptr + row, tl.sum(o * do, 1) - tl.load(dlse_ptr + row, mask=valid, other=0.0), mask=valid)
+    o = load_rows(o_ptr, row * D, valid, D, BLOCK_D)
+    do = load_rows(do_ptr, row * D, valid, D, BLOCK_D)
+    wide = tl.float64 if o.dtype == tl.float32 else tl.float32  # dp − delta cancels: delta should not add to its rounding
+    delta = tl.sum(o.to(wide) * do.to(wide), 1) - tl.load(dlse_ptr + row, mask=valid, other=0.0)
+    tl.store(delta_ptr + row, delta.to(tl.float32), mask=valid)
 
 
 def attention_delta(o: Tensor, do: Tensor, dlse: Tensor) -> Tensor:
@@ -215,6 +217,6 @@ def _long(k: Tensor, cu_k: Tensor) -> bool:
 def _splits(programs: int, rows: int) -> int:
     """Few keys over many queries leave multiprocessors idle: cut the queries, a power of two so that few variants are compiled."""
     splits = 1
-    while programs * splits < 2048 and rows // (splits * 2) >= 1024 and splits < 16:
+    while programs * splits < 2048 and rows // (splits * 2) >= 1024 and splits < 32:
         splits *= 2
     return splits

@@ -20,7 +20,7 @@ def cap_holes(surface: "Surface", border: np.ndarray) -> tuple[np.ndarray, np.nd
     """Triangles over the holes of surface.hull, whose border edges are [E,2]: (vertices [V,3], faces [F,3]).
 
     Cells of a grid are refined from 64^3 to 512^3 where the winding number is between 0 and 1 away from the faces, or where the border
-    passes; marching cubes draws the level 1/2 in the cells that no face crosses. Caps end within one cell, 2^-8 of the cube, of the rim.
+    passes; marching cubes draws the level 1/2 in those that no face crosses and in those along the border, where caps and faces overlap.
     """
     igl = optional_import("igl")
     rim = igl.AABB()
@@ -36,7 +36,7 @@ def cap_holes(surface: "Surface", border: np.ndarray) -> tuple[np.ndarray, np.nd
         part = np.zeros(len(cells), np.bool_)  # the level 1/2 may pass: at r from a rim the winding number changes by 1 / (2 pi r)
         part[empty] = np.abs(surface.winding(centers[empty]) - 0.5) < 0.4 * radius / to_rim[empty]
         if level == _FINE:
-            cells = cells[part]
+            cells = cells[part | (to_rim <= 2 * radius)]
             break
         cells = (cells[part | (to_rim <= radius)][:, None] * 2 + _OCTANTS).reshape(-1, 3)
         level *= 2

@@ -48,6 +48,7 @@ class Surface:
     sheets: np.ndarray  # [S,3] int64 into hull_vertices: open sheets, made `thickness` thick
     thickness: float
     exact: bool  # pseudonormals of `faces` give the sign
+    caps: np.ndarray  # [C,3] int64, those of `faces` that close holes
     report: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -64,6 +65,10 @@ class Surface:
     def unsigned(self, points: np.ndarray, bound: float) -> np.ndarray:
         """Distance [n] float64 from points [n,3] to `faces`; NaN beyond `bound`."""
         return _distance(points, self.vertices, self.faces, bound)
+
+    def near_caps(self, points: np.ndarray, bound: float) -> np.ndarray:
+        """[n] bool: a cap lies within `bound` of these points."""
+        return ~np.isnan(_distance(points, self.vertices, self.caps, bound))
 
     def to_any_face(self, points: np.ndarray, bound: float) -> np.ndarray:
         """Distance [n] float64 from points [n,3] to `faces` and `within`; NaN beyond `bound`."""
@@ -125,24 +130,24 @@ def resolve_surface(vertices: np.ndarray, faces: np.ndarray, thickness: float) -
         "dropped": str(int(dropped.sum())), "sheet_thickness": f"{thickness if len(sheets) else 0:.6g}",
     }  # fmt: skip
     border_edges = unbalanced_edges(hull)
-    winding = Surface(vertices, hull, hull[:0], vertices, hull, sheets, thickness, False)
+    winding = Surface(vertices, hull, hull[:0], vertices, hull, sheets, thickness, False, hull[:0])
     bound_vertices, bound_faces, within, whole = _bounding_faces(winding, len(border_edges) + len(sheets) == 0)
     closed = whole and len(border_edges) + len(sheets) == 0
     report |= {"closed": str(closed).lower(), "border_edges": str(len(border_edges)), "bounding_faces": str(len(bound_faces))}
     if closed and areas(vertices, hull).min() > 1e-16:
-        return Surface(vertices, hull, within, vertices, hull, sheets, thickness, True, report | {"caps": "0"})
-    caps = 0
+        return Surface(vertices, hull, within, vertices, hull, sheets, thickness, True, within, report | {"caps": "0"})
+    caps = within[:0]
     if len(border_edges) and len(hull):
         cap_vertices, cap_faces = cap_holes(winding, border_edges)
         cap_area, bound_area = areas(cap_vertices, cap_faces).sum(), areas(bound_vertices, bound_faces).sum()
         if cap_area > _MOST_CAPS * bound_area:
             raise MeshError(f"inside and outside cannot be told: {cap_area / (cap_area + bound_area):.0%} of the surface would be caps")
-        bound_faces = np.concatenate((bound_faces, cap_faces + len(bound_vertices)))
+        caps = cap_faces + len(bound_vertices)
+        bound_faces = np.concatenate((bound_faces, caps))
         bound_vertices = np.concatenate((bound_vertices, cap_vertices))
-        caps = len(cap_faces)
     if len(bound_faces) + len(sheets) == 0:
         raise MeshError("the faces bound no solid")
-    return Surface(bound_vertices, bound_faces, within, vertices, hull, sheets, thickness, False, report | {"caps": str(caps)})
+    return Surface(bound_vertices, bound_faces, within, vertices, hull, sheets, thickness, False, caps, report | {"caps": str(len(caps))})
 
 
 
@@ -207,7 +212,7 @@ def _encloses_nothing(vertices: np.ndarray, faces: np.ndarray, patch: np.ndarray
     if not asked.any():
         return nothing
     hull = np.ascontiguousarray(faces[solid[patch]])
-    surface = Surface(vertices, hull, hull[:0], vertices, hull, hull[:0], 0.0, False)
+    surface = Surface(vertices, hull, hull[:0], vertices, hull, hull[:0], 0.0, False, hull[:0])
     of = np.flatnonzero(asked[patch])
     of = of[np.random.default_rng(0).permutation(len(of))]
     of = of[np.argsort(patch[of], kind="stable")]

@@ -209,6 +209,10 @@ def _ask_signs(surface: Surface, cells: np.ndarray, tile: np.ndarray, joined: li
     sign = np.zeros(tile.shape, np.int8)
     flat, distance = sign.reshape(len(cells), -1), np.nan_to_num(tile, nan=np.inf).reshape(len(cells), -1)
     child = np.stack(np.unravel_index(np.arange(CELL**3), (CELL,) * 3), 1)
+    # a cap may leave a gap to its rim, so that joined voxels lie on both sides: there every voxel is asked
+    rows = np.flatnonzero(surface.near_caps(_centers(cells, resolution // CELL), _HALF_DIAGONAL * 3 * CELL / resolution))
+    points = _centers(cells[rows, None] * CELL + child, resolution).reshape(-1, 3)
+    flat[rows] = np.where(surface.winding(points) > 0.5, -1, 1).reshape(-1, CELL**3)
     for turn in range(5):
         open_tiles = np.flatnonzero((flat == 0).any(1))
         if len(open_tiles) == 0:

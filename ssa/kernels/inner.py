@@ -142,7 +142,8 @@ def forward_rows(
         )
     empty = l_i == 0.0
     l_i = tl.where(empty, 1.0, l_i)
-    return acc / l_i[:, None], tl.where(empty, -float("inf"), m_i / lse_unit + tl.log(l_i))
+    o = acc * tl.div_rn(1.0, l_i)[:, None]  # one exact division a row; `/` is approximate on a GPU
+    return o, tl.where(empty, -float("inf"), m_i / lse_unit + tl.log(l_i))
 
 
 @triton.jit

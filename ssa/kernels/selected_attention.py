@@ -116,7 +116,7 @@ def _combine_kernel(
         acc += w[:, None] * load_rows(part_ptr, entry * D, chosen, D, BLOCK_D).to(tl.float32)
     empty = l_i == 0.0  # nothing chosen: o = 0, lse = −inf
     l_i = tl.where(empty, 1.0, l_i)
-    store_rows(o_ptr, (row0 + local) * D, acc / l_i[:, None], valid, D, BLOCK_D)
+    store_rows(o_ptr, (row0 + local) * D, acc * tl.div_rn(1.0, l_i)[:, None], valid, D, BLOCK_D)
     tl.store(lse_ptr + row0 + local, tl.where(empty, -float("inf"), m_i + tl.log(l_i)), mask=valid)
 
 

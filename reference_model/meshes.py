@@ -132,8 +132,8 @@ def _read(path: Path, suffix: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             else:
                 scene = trimesh.load_scene(io.BytesIO(path.read_bytes()), file_type=suffix[1:], process=False, **options)
             parts = list(scene.dump(concatenate=False))
-    except ImportError:
-        raise
+    except ImportError as error:
+        raise ImportError(f'{error.name} is needed to read {suffix}: pip install "spatial-sparse-attention[reference]"') from error
     except Exception as error:  # readers fail in many ways on broken files; each is a reason, none a crash
         raise MeshError(f"cannot be read: {type(error).__name__}: {error}") from error
     for part in parts:

@@ -55,6 +55,17 @@ def test_scenes_are_merged_with_their_transforms(tmp_path) -> None:
     assert volume_of(mesh.vertices, mesh.faces) == pytest.approx(9.0, rel=1e-6)
 
 
+@pytest.mark.parametrize("suffix", ["gltf", "3mf"])
+def test_other_formats_are_read(tmp_path, suffix: str) -> None:
+    vertices, faces = box()
+    files = trimesh.Trimesh(vertices, faces, process=False).scene().export(file_type=suffix)
+    for name, data in ({f"x.{suffix}": files} if isinstance(files, bytes) else files).items():
+        (tmp_path / (f"x.{suffix}" if name.endswith(suffix) else name)).write_bytes(data)
+    mesh = load_mesh(tmp_path / f"x.{suffix}")
+    assert mesh.y_up == (suffix == "gltf") and len(mesh.faces) == 12
+    assert volume_of(mesh.vertices, mesh.faces) == pytest.approx(6.0, rel=1e-5)
+
+
 def test_normalize_fits_and_is_undone(tmp_path) -> None:
     vertices, faces = box()
     save_mesh(tmp_path / "x.ply", vertices, faces)

@@ -230,7 +230,7 @@ class _Attention(torch.autograd.Function):
                 o_list = queries.new_zeros((j - i) * width + 1, *q.shape[1:])
                 lse_list = queries.new_full(o_list.shape[:-1], -torch.inf)
                 for lists, rows in tiles:
-                    s = _scores(_rows(queries, lists // width), keys, rows, scale)  # [n, H, M * G, L]
+                    s = _scores(_rows(queries, lists // width), keys, rows, scale)  # [n, H, G * M, L]
                     top = s.amax(-1, keepdim=True)
                     p = s.sub_(top).exp_()
                     total = p.sum(-1, keepdim=True)
@@ -259,9 +259,9 @@ class _Attention(torch.autograd.Function):
                     query = lists // width
                     q_tile, do_tile = _rows(queries, query), _rows(do_piece, query)
                     p = _scores(q_tile, keys, rows, scale).sub_(_rows(lse_piece[..., None], query)).exp_()
-                    dv.index_add_(0, rows.flatten(), (p.mT @ do_tile).transpose(1, 2).flatten(0, 1))
+                    _add(dv, rows, p, do_tile, q.shape[2])
                     ds = (do_tile @ _rows(values, rows).mT).sub_(_rows(delta_piece[..., None], query)).mul_(p)
-                    dk.index_add_(0, rows.flatten(), (ds.mT @ q_tile).transpose(1, 2).flatten(0, 1))
+                    _add(dk, rows, ds, q_tile, q.shape[2])
                     _write(dq_list, lists, ds @ _rows(keys, rows))
                 dq[i:j] = dq_list[:-1].unflatten(0, (j - i, width)).sum(1).mul_(scale)
         return dq, dk[:-1].mul_(scale).to(k.dtype), dv[:-1].to(v.dtype), None, None, None
@@ -277,19 +277,25 @@ def _with_zero_row(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x [N,H,G,D] or [N,H,D], rows [n,M] → [n,H,M·G,D] or [n,H,M,D]."""
-    x = x.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
-    return x.flatten(2, 3) if x.dim() == 5 else x
+    """x [N,H,G,D] or [N,H,D], rows [n,M] → [n,H,G·M,D] or [n,H,M,D]."""
+    x = x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    return x.movedim(1, 3).flatten(2, 3) if x.dim() == 5 else x.transpose(1, 2)
 
 
 def _write(x: Tensor, rows: Tensor, values: Tensor) -> None:
-    """values [n,H,M·G,…] into the rows [n,M] of x [N,H,G,…]: the inverse of `_rows`."""
-    values = values.unflatten(2, (rows.shape[1], -1)).transpose(1, 2)
+    """values [n,H,G·M,…] into the rows [n,M] of x [N,H,G,…]: the inverse of `_rows`."""
+    values = values.unflatten(2, (-1, rows.shape[1])).movedim(3, 1)
     x.index_copy_(0, rows.flatten(), values.flatten(0, 1))
 
 
+def _add(x: Tensor, rows: Tensor, weights: Tensor, values: Tensor, group: int) -> None:
+    """Adds Σ weights [n,H,G·M,L] · values [n,H,G·M,D] to the rows [n,L] of x [N,H,D], head by head: short sums round less."""
+    weights, values = (y.unflatten(2, (group, -1)) for y in (weights, values))
+    x.index_add_(0, rows.flatten(), (weights.mT @ values).sum(2).transpose(1, 2).flatten(0, 1))
+
+
 def _scores(queries: Tensor, keys: Tensor, rows: Tensor, scale: float) -> Tensor:
-    """[n,H,M·G,D] · [n,L] rows of keys → [n,H,M·G,L], −inf where padded."""
+    """[n,H,G·M,D] · [n,L] rows of keys → [n,H,G·M,L], −inf where padded."""
     s = (queries @ _rows(keys, rows).mT).mul_(scale)
     return s.masked_fill_((rows == keys.shape[0] - 1)[:, None, None], -torch.inf)
 

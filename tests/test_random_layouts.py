@@ -9,7 +9,7 @@ from utils import CUDA, DTYPES, IMPL, assert_choice, compare, draw, draw_qkv, ra
 import ssa
 from ssa import naive
 
-MOST = 400 if CUDA else 24  # voxels a sample
+MOST = 400 if CUDA else 14  # voxels a sample
 HALF = DTYPES[-1]
 # few combinations of what a kernel is compiled for, many layouts of each; conftest.py divides the number of examples by their number
 HEADS = [

@@ -208,7 +208,11 @@ def _dkv_loop(
             else:
                 lse = tl.load(lse_ptr + base + near)
                 delta = tl.load(delta_ptr + base + near)
-        p = exp_of(k, tl.dot(k, q.T, input_precision=PRECISION) * unit - (lse * lse_unit)[None, :])  # [BLOCK_N, BLOCK_M]
+        if k.dtype == tl.float32:
+            s = tl.dot(q, k.T, input_precision=PRECISION).T  # the forward's own product: a large score must round alike
+        else:
+            s = tl.dot(k, q.T, input_precision=PRECISION)
+        p = exp_of(k, s * unit - (lse * lse_unit)[None, :])  # [BLOCK_N, BLOCK_M]
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)

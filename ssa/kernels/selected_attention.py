@@ -28,6 +28,7 @@ MAX_SPLITS = 4
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes and launch settings, H200, 2026-11-22."""
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
     if kernel == "dkv":

@@ -33,6 +33,12 @@ class VolumeBatch:
     cu_seqlens: Tensor  # [B+1] int32, bounds of the samples among voxels
     cu_latents: Tensor  # [B+1] int32, bounds of the samples among latents
     meta: tuple[Mapping[str, str], ...]
+    dropped: int = 0  # volumes drawn for it and left out for their size
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a trainer adds up: tokens (latents), voxels, samples, dropped."""
+        return {"tokens": len(self.latents), "voxels": len(self.coords), "samples": len(self.meta), "dropped": self.dropped}
 
     def pin_memory(self) -> "VolumeBatch":
         return self._map(Tensor.pin_memory)
@@ -67,16 +73,46 @@ def collate_volumes(volumes: Sequence[Volume]) -> VolumeBatch:
     )
 
 
+@dataclass(frozen=True)
+class PreparedVolume:
+    """One volume that `reference_model.prepare` made, by its row of the metadata."""
+
+    path: Path
+    name: str  # stem of the mesh file
+    geometry: str  # sha256
+    split: str  # train, val, test
+    resolution: int
+    tokens: int
+    voxels: int
+
+
+def find_prepared(root: str | os.PathLike[str]) -> list[PreparedVolume]:
+    """Volumes of a prepared directory, or of all that lie in it, in order; ValueError where there is none."""
+    root = Path(root)
+    folders = [root] if (root / "metadata.csv").exists() else sorted(path.parent for path in root.glob("*/metadata.csv"))
+    found = []
+    for folder in folders:
+        with (folder / "metadata.csv").open(newline="", encoding="utf-8") as file:
+            found += [
+                PreparedVolume(
+                    folder / "volumes" / f"{row['id']}.safetensors", Path(row["source"]).stem, row["geometry_sha256"], row["split"],
+                    int(row["resolution"]), int(row["tokens"]), int(row["voxels"]),
+                )
+                for row in csv.DictReader(file)
+                if row["status"] == "ok"
+            ]  # fmt: skip
+    if not found:
+        raise ValueError(f"{root}: no prepared volume")
+    return found
+
+
 class VolumeDataset(Dataset[Volume]):
     """Volumes of a directory made by `reference_model.prepare`: those of one split ("train", "val", "test" or None for all)."""
 
     def __init__(self, root: str | os.PathLike[str], split: str | None = "train", transform: Transform | None = None):
-        root = Path(root)
-        with (root / "metadata.csv").open(newline="", encoding="utf-8") as file:
-            self.rows = [row for row in csv.DictReader(file) if row["status"] == "ok" and split in (None, row["split"])]
-        if not self.rows:
+        self.paths = [volume.path for volume in find_prepared(root) if split in (None, volume.split)]
+        if not self.paths:
             raise ValueError(f"{root}: no volume of {split=}")
-        self.paths = [root / "volumes" / f"{row['id']}.safetensors" for row in self.rows]
         self.transform = transform
 
     def __len__(self) -> int:

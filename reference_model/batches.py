@@ -1,0 +1,163 @@
+"""Endless training batches of volumes, drawn from prepared directories and from shapes made on the spot.
+
+Batch `number` of a rank follows from (seed, number, rank) alone: any worker can make it, ranks share its resolution, and a run goes on at
+any number. Letters: R resolution; tokens are latents.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from reference_model.dataset import PreparedVolume, VolumeBatch, collate_volumes
+from reference_model.resample import resample
+from reference_model.symmetry import apply_symmetry
+from reference_model.volume import Volume, load_volume, save_volume
+
+_PATIENCE = 200  # draws in a row that may be too large
+
+
+class Source(Protocol):
+    """Where volumes come from."""
+
+    @property
+    def identity(self) -> str:
+        """Text that changes with what can be drawn."""
+
+    def draw(self, rng: np.random.Generator, resolution: int) -> Volume:
+        """One volume of this resolution, chosen by rng alone."""
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """Volumes on disk, each as likely: those of the resolution asked for, else the finest ones resampled."""
+
+    volumes: tuple[PreparedVolume, ...]
+
+    def __post_init__(self) -> None:
+        if not self.volumes:
+            raise ValueError("a source needs volumes, got none")
+
+    @property
+    def identity(self) -> str:
+        return "\n".join(sorted(f"{v.path.name} {v.geometry} {v.resolution} {v.voxels}" for v in self.volumes))
+
+    @cached_property
+    def _by_resolution(self) -> dict[int, list[PreparedVolume]]:
+        groups: dict[int, list[PreparedVolume]] = {}
+        for volume in self.volumes:
+            groups.setdefault(volume.resolution, []).append(volume)
+        return groups
+
+    def draw(self, rng: np.random.Generator, resolution: int) -> Volume:
+        group = self._by_resolution.get(resolution) or self._by_resolution[max(self._by_resolution)]
+        return at_resolution(load_volume(group[int(rng.integers(len(group)))].path), resolution)
+
+
+@dataclass(frozen=True)
+class ShapeSource:
+    """Shapes made by code: `count` seeds from `first` on of each family; `cache` keeps volumes once made."""
+
+    families: tuple[str, ...]
+    count: int
+    first: int = 0
+    cache: Path | None = None
+
+    @property
+    def identity(self) -> str:
+        return f"shapes {' '.join(self.families)} {self.first} {self.count}"
+
+    def draw(self, rng: np.random.Generator, resolution: int) -> Volume:
+        family = self.families[int(rng.integers(len(self.families)))]
+        return self.make(family, self.first + int(rng.integers(self.count)), resolution)
+
+    def make(self, family: str, seed: int, resolution: int) -> Volume:
+        """Volume of (family, seed), from the cache where it lies there."""
+        from reference_model.sdf import mesh_to_volume
+        from reference_model.shapes import make_shape
+
+        path = self.cache / f"{family}_{seed:06d}_{resolution}.safetensors" if self.cache else None
+        if path and path.exists():
+            return load_volume(path)
+        shape = make_shape(family, seed)
+        volume = mesh_to_volume(shape.vertices, shape.faces, resolution, meta={"source": f"{family}_{seed:06d}"})
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{os.getpid()}.{path.name}")  # workers may make the same shape at once
+            save_volume(volume, part)
+            os.replace(part, path)
+            return load_volume(path)  # values are rounded on disk: the first draw is like all later ones
+        return volume
+
+
+def at_resolution(volume: Volume, resolution: int) -> Volume:
+    """The volume at a resolution, without the margin that resampling needs."""
+    if volume.resolution != resolution or (len(volume.values) and volume.values.abs().max() > 1):
+        return resample(volume, resolution)
+    return volume
+
+
+@dataclass(frozen=True)
+class BatchStream(Dataset[VolumeBatch]):
+    """Item `number` is a batch of one resolution, drawn with `resolutions`' weights; its volumes come from `sources` with theirs.
+
+    Volumes are added until the batch holds at least `tokens`: which ones are drawn does not depend on their size, as it would if the last
+    had to fit. Volumes of more than `max_tokens` are dropped and counted, so a batch has less than tokens + max_tokens.
+    """
+
+    sources: Sequence[tuple[Source, float]]
+    resolutions: Mapping[int, float]
+    tokens: int
+    max_tokens: int
+    seed: int = 0
+    symmetries: bool = True
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        for name, weights in (("sources", [w for _, w in self.sources]), ("resolutions", list(self.resolutions.values()))):
+            if not weights or min(weights) < 0 or sum(weights) <= 0:
+                raise ValueError(f"{name} need weights >= 0, one of them positive, got {weights}")
+        if self.tokens < 1 or self.max_tokens < 1:
+            raise ValueError(f"tokens and max_tokens must be positive, got {self.tokens=}, {self.max_tokens=}")
+
+    def data_hash(self) -> str:
+        """sha256 of what can be drawn and how often."""
+        text = [f"{weight} {source.identity}" for source, weight in self.sources]
+        return hashlib.sha256("\n".join([*text, str(sorted(self.resolutions.items()))]).encode()).hexdigest()
+
+    def __getitem__(self, number: int) -> VolumeBatch:
+        resolution = list(self.resolutions)[_pick(np.random.default_rng([self.seed, number]), list(self.resolutions.values()))]
+        rng = np.random.default_rng([self.seed, number, 1 + self.rank])
+        volumes: list[Volume] = []
+        held = dropped = in_a_row = 0
+        while held < self.tokens:
+            source = self.sources[_pick(rng, [weight for _, weight in self.sources])][0]
+            volume = source.draw(rng, resolution)
+            if not 0 < len(volume.latents) <= self.max_tokens:
+                dropped, in_a_row = dropped + 1, in_a_row + 1
+                if in_a_row == _PATIENCE:
+                    raise ValueError(f"{_PATIENCE} volumes in a row have no token or more than {self.max_tokens=} at {resolution=}")
+                continue
+            volumes.append(apply_symmetry(volume, int(rng.integers(48))) if self.symmetries else volume)
+            held, in_a_row = held + len(volume.latents), 0
+        return replace(collate_volumes(volumes), dropped=dropped)
+
+    def loader(self, start: int, workers: int, ahead: int = 2) -> Iterator[VolumeBatch]:
+        """Batches start, start + 1, …: made by `workers` processes, each `ahead` of its turn, in pinned memory where a GPU is."""
+        return iter(DataLoader(
+            self, batch_size=None, sampler=range(start, sys.maxsize), num_workers=workers, pin_memory=torch.cuda.is_available(),
+            prefetch_factor=ahead if workers else None, multiprocessing_context="spawn" if workers else None,
+        ))  # fmt: skip
+
+
+def _pick(rng: np.random.Generator, weights: Sequence[float]) -> int:
+    total = np.cumsum(weights)
+    return int(np.searchsorted(total, rng.random() * total[-1], side="right"))

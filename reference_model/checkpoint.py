@@ -1,0 +1,87 @@
+"""Training checkpoints: one safetensors file with the whole state, its header says what made it.
+
+Tensors: `model/NAME`, `ema/NAME`, `optimizer/INDEX/KEY`. Header: `format`, `state` (JSON: step and counters; all random numbers and the
+loader's place follow from seed and step), `card` (JSON: configuration, commit, sha256 of the data).
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FORMAT = "ssa-checkpoint-1"
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], card: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:  # fmt: skip
+    """Write folder/step_NNNNNNNN.safetensors (state["step"]), whole or not at all, and remove all but the newest `keep`."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model/{name}": x for name, x in model.state_dict().items()} | {f"ema/{name}": x for name, x in ema.state_dict().items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(x) for key, x in slots.items()}
+    header = {"format": _FORMAT, "state": json.dumps(dict(state)), "card": json.dumps(dict(card))}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{state['step']:08d}.safetensors"
+    part = folder / f".{path.name}.part"
+    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, part, header)
+    os.replace(part, path)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a folder, oldest step first."""
+    return sorted(folder.glob("step_*.safetensors"))
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, card) of a checkpoint; ValueError for another file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a checkpoint: {error}") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of format {_FORMAT}: {header.get('format')=}")
+    return json.loads(header["state"]), json.loads(header["card"])
+
+
+def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Fill model, EMA and optimiser from a checkpoint; its state is returned. RuntimeError where names or shapes differ."""
+    from safetensors.torch import load_file
+
+    state, _ = read_header(path)
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    for name, x in load_file(path).items():
+        kind, _, rest = name.partition("/")
+        groups[kind][rest] = x
+    model.load_state_dict(groups["model"])
+    ema.load_state_dict(groups["ema"])
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, x in groups["optimizer"].items():
+        index, key = name.split("/")
+        slots.setdefault(int(index), {})[key] = x
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
+
+
+def git_commit() -> str:
+    """Commit of this code, with "-dirty" where files differ from it; "unknown" outside a repository."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("-dirty" if changed else "")

@@ -14,9 +14,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from . import functional
+from . import functional, naive
 from .partition import VoxelPartition
 
 
@@ -56,8 +55,8 @@ class PointwiseConv3d(nn.Module):
         return nn.functional.linear(x, self.kernel.t(), self.bias)
 
 
-class SampleGroupNorm(nn.Module):
-    """GroupNorm whose statistics run over all rows of a sample (and the channels of a group), in fp32 or wider."""
+class GroupNormSiLU(nn.Module):
+    """GroupNorm whose statistics run over all rows of a sample (and the channels of a group), in fp32 or wider, then SiLU."""
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, *, device=None, dtype=None) -> None:
         super().__init__()
@@ -65,53 +64,20 @@ class SampleGroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_channels, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, sample: Tensor, offsets: Tensor, cu_blocks: Tensor, impl: str | None = None) -> Tensor:
-        """x [N, C]; sample [N] int32; offsets [S+1]: rows of each selection block; cu_blocks [B+1]: selection blocks of each sample."""
-        return _SampleGroupNorm.apply(x, self.weight, self.bias, sample, offsets, cu_blocks, self.num_groups, self.eps, impl)
+    def forward(self, x: Tensor, cu_seqlens: Tensor, impl: str | None = None) -> Tensor:
+        """x [N, C], rows of sample b from cu_seqlens[b] to cu_seqlens[b + 1] → [N, C]."""
+        return group_norm_silu(x, self.weight, self.bias, cu_seqlens, self.num_groups, self.eps, impl=impl)
 
 
-class _SampleGroupNorm(torch.autograd.Function):
-    """Saves x and two numbers a sample and group. Sums go rows → selection blocks → samples, so they are ordered and parallel."""
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, num_groups: int, eps: float = 1e-5, *, impl: str | None = None
+) -> Tensor:
+    """SiLU(GroupNorm(x)) in x's dtype. x [N, F]; weight, bias [F]; cu_seqlens [B+1] int32, from 0 to N: the rows of each sample."""
+    if functional._choose(impl, x) != "triton":
+        return naive.group_norm_silu(x, weight, bias, cu_seqlens, num_groups, eps)
+    from .autograd.group_norm_silu import group_norm_silu as op
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, sample, offsets, cu_blocks, num_groups, eps, impl):
-        ctx.num_groups, ctx.impl = num_groups, impl
-        xf = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = _over_groups(_sample_mean(xf, offsets, cu_blocks, impl), num_groups)  # [B, C]
-        centred = xf - mean[sample]
-        rstd = torch.rsqrt(_over_groups(_sample_mean(centred.square(), offsets, cu_blocks, impl), num_groups) + eps)
-        ctx.save_for_backward(x, weight, mean, rstd, sample, offsets, cu_blocks)
-        return (centred * (rstd * weight)[sample] + bias).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, mean, rstd, sample, offsets, cu_blocks = ctx.saved_tensors
-        dyf = dy.to(mean.dtype)
-        normal = (x.to(mean.dtype) - mean[sample]) * rstd[sample]
-        dy_mean = _sample_mean(dyf, offsets, cu_blocks, ctx.impl)  # [B, C]
-        dyn_mean = _sample_mean(dyf * normal, offsets, cu_blocks, ctx.impl)
-        count = torch.diff(offsets[cu_blocks.long()])[:, None]
-        c1 = _over_groups(weight * dy_mean, ctx.num_groups)
-        c2 = _over_groups(weight * dyn_mean, ctx.num_groups)
-        dx = (dyf * weight - c1[sample] - normal * c2[sample]) * rstd[sample]
-        dweight, dbias = (count * dyn_mean).sum(0), (count * dy_mean).sum(0)
-        return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype), *(None,) * 6
-
-
-def _sample_mean(x: Tensor, offsets: Tensor, cu_blocks: Tensor, impl: str | None) -> Tensor:
-    """[N, C] → [B, C]: mean over the rows of each sample, 0 for an empty one."""
-    rows = torch.diff(offsets)[:, None]
-    blocks = torch.diff(cu_blocks)[:, None]
-    total = functional.segment_mean(x, offsets, impl=impl) * rows
-    total = functional.segment_mean(total, cu_blocks, impl=impl) * blocks
-    return total / torch.diff(offsets[cu_blocks.long()])[:, None].clamp(min=1)
-
-
-def _over_groups(x: Tensor, num_groups: int) -> Tensor:
-    """[B, C] → [B, C]: every channel gets the mean of its group."""
-    grouped = x.unflatten(1, (num_groups, -1))
-    return grouped.mean(-1, keepdim=True).expand_as(grouped).flatten(1)
+    return op(x, weight, bias, cu_seqlens, num_groups, eps)[0]
 
 
 def block_slots(partition: VoxelPartition) -> Tensor:
@@ -174,29 +140,27 @@ class Direct3DS2V2(nn.Module):
         super().__init__()
         kwargs = dict(device=device, dtype=dtype)
         groups = math.gcd(32, channels)
-        self.act_layers = nn.Sequential(SampleGroupNorm(groups, channels, **kwargs), nn.SiLU())
+        self.act_layers = nn.Sequential(GroupNormSiLU(groups, channels, **kwargs))
         self.out_layers = nn.Sequential(
             _Wrapped(SubmanifoldConv3d(channels, channels, **kwargs)),
-            SampleGroupNorm(groups, channels, **kwargs),
-            nn.SiLU(),
+            GroupNormSiLU(groups, channels, **kwargs),
+            nn.Identity(),  # the release's SiLU, so that the next one is number 3
             _Wrapped(SubmanifoldConv3d(channels, channels, **kwargs)),
         )
 
     def forward(self, x: Tensor, partition: VoxelPartition, table: Tensor | None = None, impl: str | None = None) -> Tensor:
         """x [T, C] in packed order, table [m³, C] or None → [blocks, C]."""
-        compression, selection, neighbors = partition.compression, partition.selection, partition.block_neighbors
+        compression, neighbors = partition.compression, partition.block_neighbors
         if table is None:
             skip = functional.segment_mean(x, compression.offsets, extra=1, impl=impl)
         else:
             slots = block_slots(partition)
             skip = functional.segment_mean(x, compression.offsets, extra=1, table=table, slots=slots, impl=impl)
             x = functional.add_position(x, table, slots, impl=impl)
-        norm, silu = self.act_layers
-        h = silu(norm(x, partition.coords[:, 0], selection.offsets, selection.cu_blocks, impl))
+        h = self.act_layers[0](x, partition.cu_seqlens, impl)
         h = functional.segment_mean(h, compression.offsets, extra=1, impl=impl)  # [blocks, C]
-        conv_in, norm, silu, conv_out = self.out_layers
-        h = conv_in(h, neighbors, impl)
-        h = silu(norm(h, compression.coords[:, 0], partition.child_offsets, selection.cu_blocks, impl))
+        conv_in, norm, _, conv_out = self.out_layers
+        h = norm(conv_in(h, neighbors, impl), compression.cu_blocks, impl)
         return skip + conv_out(h, neighbors, impl)
 
 

@@ -136,6 +136,18 @@ def submanifold_conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors
     return y if bias is None else y + bias
 
 
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, num_groups: int, eps: float) -> Tensor:
+    """SiLU of GroupNorm, x [N, F] → [N, F]: mean and variance over the rows of a sample and the channels of a group."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normal = [wide[:0]]
+    for rows in wide.split(torch.diff(cu_seqlens).tolist()):
+        centred = rows.unflatten(1, (num_groups, -1))
+        centred = centred - centred.mean((0, 2), keepdim=True)
+        rstd = torch.rsqrt(centred.square().mean((0, 2), keepdim=True) + eps)
+        normal.append((centred * rstd).flatten(1))
+    return torch.nn.functional.silu(torch.cat(normal) * weight + bias).to(x.dtype)
+
+
 def _scores(q: Tensor, k: Tensor, softmax_scale: float | None) -> Tensor:
     num_kv_heads = k.shape[1]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

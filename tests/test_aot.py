@@ -5,6 +5,7 @@ ones. Limits: CUDA C++ programming guide, "Technical specifications per compute 
 """
 
 import concurrent.futures
+import math
 import multiprocessing
 
 import pytest
@@ -17,10 +18,22 @@ from utils import draw_qkv, random_coords
 
 import ssa
 from ssa import functional
-from ssa.kernels import block_mean, block_topk, gated_sum, position_table, selected_attention, submanifold_conv3d, varlen_attention
+from ssa.compression import group_norm_silu as group_norm_silu_op
+from ssa.kernels import (
+    block_mean,
+    block_topk,
+    gated_sum,
+    group_norm_silu,
+    position_table,
+    selected_attention,
+    submanifold_conv3d,
+    varlen_attention,
+)
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
-FILES = [block_mean, block_topk, gated_sum, position_table, selected_attention, submanifold_conv3d, varlen_attention]
+FILES = [
+    block_mean, block_topk, gated_sum, group_norm_silu, position_table, selected_attention, submanifold_conv3d, varlen_attention,
+]  # fmt: skip
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages")
 VARIANTS = {"GATHER", "GATHER_Q", "GATHER_K", "ACCUMULATE", "SPLITS"}  # constants that change addresses, not tiles
@@ -49,6 +62,8 @@ def launches(head_dim: int, dtype: torch.dtype) -> list[tuple[JITFunction, dict]
         functional.add_position(x, table.requires_grad_(), slots).sum().backward()
         blocks = partition.compression
         functional.segment_mean(x, blocks.offsets, blocks.index, table=table, slots=slots).sum().backward()
+        width = x.shape[1]
+        group_norm_silu_op(x, torch.ones(width), torch.zeros(width), partition.cu_seqlens, math.gcd(32, width)).sum().backward()
         kernel = torch.zeros(27, x.shape[1], x.shape[1], requires_grad=True)
         ssa.submanifold_conv3d(x, kernel, torch.zeros(x.shape[1]), partition.neighbors).sum().backward()
     return recorded

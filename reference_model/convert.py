@@ -12,7 +12,7 @@ from reference_model.meshes import Mesh, MeshError, load_mesh, normalize
 from reference_model.repair import resolve_surface, wall_thickness
 from reference_model.sdf import sheet_thickness, surface_to_volume
 from reference_model.sources import Source, file_sha256, geometry_sha256
-from reference_model.volume import save_volume
+from reference_model.volume import save_volume, without_margin
 
 COLUMNS = (
     "id", "source", "status", "reason", "split", "resolution", "tokens", "voxels", "sharp_voxels", "bytes", "seconds", "faces", "vertices",
@@ -64,10 +64,11 @@ def _prepare(source: Source, out: Path, settings: Mapping[str, Any], row: dict[s
     _limit("thickness in voxels", row["thickness"] * resolution / 2, limits["min_thickness"], None)
     meta = {"source": mesh.name, "sha256": row["file_sha256"], "geometry_sha256": geometry, "licence": source.licence}
     volume = surface_to_volume(
-        surface, resolution, sharp_angle=settings["sharp_angle"], scale=scale, offset=offset, y_up=mesh.y_up,
-        meta=meta | {"split": row["split"], "thickness": str(row["thickness"]), "repaired": row["repaired"]},
+        surface, resolution, sharp_angle=settings["sharp_angle"], margin=settings["margin"], scale=scale, offset=offset,
+        y_up=mesh.y_up, meta=meta | {"split": row["split"], "thickness": str(row["thickness"]), "repaired": row["repaired"]},
     )  # fmt: skip
-    row |= {"tokens": len(volume.latents), "voxels": len(volume.coords), "sharp_voxels": int(volume.sharp.sum())}
+    band = without_margin(volume)
+    row |= {"tokens": len(band.latents), "voxels": len(band.coords), "sharp_voxels": int(band.sharp.sum())}
     row["sign_conflicts"] = volume.meta["sign_conflicts"]
     if row["voxels"] == 0:
         raise MeshError("no voxel lies within the band")

@@ -6,28 +6,29 @@ import torch
 from torch import Tensor
 
 from reference_model.tiles import CELL, OCTANTS, Tiles, lattice
-from reference_model.volume import TAU, Volume, child_index, group_voxels
+from reference_model.volume import BAND, RESAMPLING_MARGIN, TAU, Volume, child_index, group_voxels, without_margin
 
 _STEP = 1 << 20  # voxels handled at once
 
 
 def resample(volume: Volume, resolution: int) -> Volume:
-    """Volume of the same shape at `resolution` (a multiple of 8, at least 256): the voxels with |s| < tau after resampling.
+    """Volume of the same shape at `resolution` (a multiple of 8, at least 256): the voxels with |s| <= tau after resampling, no margin.
 
-    The source must hold |s| < tau + sqrt(3) h, h its voxel edge, its values s / tau beyond ±1: then all eight corners round a voxel of the
-    new band are known and nothing is guessed. Signs of other children spread from there: no sign changes beyond the band.
+    The source must hold |s| < tau + sqrt(3) h, h its voxel edge (`margin` of `mesh_to_volume`): then all eight corners round a voxel of
+    the new band are known and nothing is guessed. Signs of other children spread from there: no sign changes beyond the band.
     A voxel is sharp within one new voxel edge of where a marked edge must run: the mean of the sharp source voxels in 5^3 round each.
     At its own resolution a source only loses its margin. ValueError for a source without one and for other resolutions.
     """
     if resolution % CELL or 2 / resolution > TAU:
         raise ValueError(f"resolution must be a multiple of {CELL}, at least {round(2 / TAU)}, got {resolution=}")
-    same = resolution == volume.resolution
-    if not same and len(volume.values) and volume.values.abs().max() <= 1:
-        raise ValueError(f"the source must hold |s| < tau + sqrt(3) h, got values up to {volume.values.abs().max().item():.3f} tau")
-    known_coords, known = (volume.coords, volume.values) if same else _interpolate(volume, resolution)
-    band = known.abs() < 1
+    if resolution == volume.resolution:
+        return without_margin(volume)
+    if volume.margin < RESAMPLING_MARGIN * 0.999:
+        raise ValueError(f"the source must hold |s| < tau + sqrt(3) h, got {volume.margin=} voxel edges")
+    known_coords, known = _interpolate(volume, resolution)
+    band = known.abs() <= BAND
     order, latents, latent_index = group_voxels(known_coords[band], resolution)
-    coords, values = known_coords[band][order], known[band][order]
+    coords, values = known_coords[band][order], known[band][order].clamp(-1, 1)
     sign = Tiles.build(coords, values, resolution)
     row = sign.rows(known_coords >> 3)
     sign.values[row, child_index(known_coords)] = known
@@ -36,10 +37,11 @@ def resample(volume: Volume, resolution: int) -> Volume:
         resolution=resolution,
         coords=coords,
         values=values,
-        sharp=volume.sharp[band][order] if same else _near_edges(volume.coords[volume.sharp], volume.resolution, coords, resolution),
+        sharp=_near_edges(volume.coords[volume.sharp], volume.resolution, coords, resolution),
         latents=latents,
         latent_index=latent_index,
         inside=_spread_signs(sign.values[:-1]),
+        margin=0.0,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from reference_model.cli import optional_import
 from reference_model.repair import Surface, resolve_surface
-from reference_model.volume import CELL, TAU, Volume
+from reference_model.volume import BAND, CELL, TAU, Volume
 
 _CHUNK = 4096  # latents refined at once: 2M voxels, about 200 MB
 _OCTANTS = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), -1).reshape(-1, 3)
@@ -25,6 +25,7 @@ def mesh_to_volume(
     *,
     thickness: float | None = None,
     sharp_angle: float = 15.0,
+    margin: float = 0.0,
     scale: float = 1.0,
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0),
     y_up: bool = False,
@@ -34,12 +35,13 @@ def mesh_to_volume(
 
     Closed meshes get the exact signed distance. Others are made closed first (`resolve_surface`); open sheets become solids of
     `thickness` (unit cube; None: 1/128, at least two voxels). `sharp_angle` in degrees marks edges by the angle of their faces' normals.
+    `margin` in voxel edges: voxels with |s| < tau + margin h are held too (`RESAMPLING_MARGIN` for `resample`).
     MeshError where no volume can be made; ValueError for vertices outside the cube.
     """
     if len(vertices) and np.abs(vertices).max() > 1:
         raise ValueError(f"vertices must lie in [-1,1]^3, got {float(np.abs(vertices).max())=}")
     surface = resolve_surface(vertices, faces, sheet_thickness(resolution) if thickness is None else thickness)
-    return surface_to_volume(surface, resolution, sharp_angle=sharp_angle, scale=scale, offset=offset, y_up=y_up, meta=meta)
+    return surface_to_volume(surface, resolution, sharp_angle=sharp_angle, margin=margin, scale=scale, offset=offset, y_up=y_up, meta=meta)
 
 
 def sheet_thickness(resolution: int) -> float:
@@ -52,22 +54,25 @@ def surface_to_volume(
     resolution: int,
     *,
     sharp_angle: float = 15.0,
+    margin: float = 0.0,
     scale: float = 1.0,
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0),
     y_up: bool = False,
     meta: Mapping[str, str] | None = None,
 ) -> Volume:
     """Volume of a resolved surface, as `mesh_to_volume`."""
-    cells = _candidate_cells(surface, resolution)
+    reach = TAU * BAND + margin * 2 / resolution
+    cells = _candidate_cells(surface, resolution, reach)
+    limit = reach if margin else TAU
     latents: list[np.ndarray] = []
     values, places, inside, conflicts = [], [], [], 0
     for chunk in range(0, len(cells), _CHUNK):
         part = cells[chunk : chunk + _CHUNK]
-        tile, torn = _distance_tiles(surface, part, resolution)
-        band = np.abs(tile) < TAU
+        tile, torn = _distance_tiles(surface, part, resolution, reach)
+        band = np.abs(tile) <= reach
         active = band.any(1)
         tile, band, part = tile[active], band[active], part[active]
-        values.append(tile[band] / np.float32(TAU))
+        values.append(np.clip(tile[band], -limit, limit) / np.float32(TAU))
         places.append(np.flatnonzero(band) + sum(map(len, latents)) * CELL**3)
         latents.append(part.astype(np.int32))
         inside.append(tile < 0)
@@ -90,6 +95,7 @@ def surface_to_volume(
         scale=scale,
         offset=offset,
         y_up=y_up,
+        margin=margin,
         meta={**surface.report, "sign_conflicts": str(conflicts), **(meta or {})},
     )
 
@@ -111,8 +117,8 @@ def _centers(cells: np.ndarray, resolution: int) -> np.ndarray:
     return (2.0 * cells + 1.0) / resolution - 1.0
 
 
-def _candidate_cells(surface: Surface, resolution: int) -> np.ndarray:
-    """Cells [C,3] of the latent grid that may hold band voxels, lexicographic."""
+def _candidate_cells(surface: Surface, resolution: int, reach: float) -> np.ndarray:
+    """Cells [C,3] of the latent grid that may hold voxels with |s| <= reach, lexicographic."""
     levels = [resolution // CELL]
     while levels[-1] % 2 == 0 and levels[-1] > 8:
         levels.append(levels[-1] // 2)
@@ -121,26 +127,26 @@ def _candidate_cells(surface: Surface, resolution: int) -> np.ndarray:
     for level in reversed(levels):
         if level != levels[-1]:
             cells = (cells[:, None] * 2 + _OCTANTS).reshape(-1, 3)
-        bound = TAU + _HALF_DIAGONAL * 2 / level
+        bound = reach + _HALF_DIAGONAL * 2 / level
         cells = cells[surface.near(_centers(cells, level), bound)]
     return cells[np.lexsort(cells.T[::-1])]
 
 
-def _distance_tiles(surface: Surface, cells: np.ndarray, resolution: int) -> tuple[np.ndarray, int]:
-    """Signed distance [n,512] float32 of the children of latent cells [n,3], ±inf beyond tau; and how many neighbours disagree in sign."""
+def _distance_tiles(surface: Surface, cells: np.ndarray, resolution: int, reach: float) -> tuple[np.ndarray, int]:
+    """Signed distance [n,512] float32 of the children of latent cells [n,3], ±inf beyond reach; and how many neighbours differ in sign."""
     row = np.arange(len(cells))
     fine = cells
     for level in (resolution // 4, resolution // 2, resolution):
         fine = (fine[:, None] * 2 + _OCTANTS).reshape(-1, 3)
         row = np.repeat(row, 8)
         if level < resolution:
-            keep = surface.near(_centers(fine, level), TAU + _HALF_DIAGONAL * 2 / level)
+            keep = surface.near(_centers(fine, level), reach + _HALF_DIAGONAL * 2 / level)
             fine, row = fine[keep], row[keep]
     d = fine % CELL
     place = row * CELL**3 + (d[:, 0] * CELL + d[:, 1]) * CELL + d[:, 2]
     points = _centers(fine, resolution)
     h = 2 / resolution
-    bound = max(TAU, h) * 1.001  # a voxel exactly tau away must know its own side
+    bound = max(reach, h) * 1.001  # a voxel exactly tau away must know its own side
     measured = np.full(len(cells) * CELL**3, np.nan, np.float32)
     measured[place] = surface.signed(points, bound) if surface.exact else surface.to_any_face(points, bound)
     tile = measured.reshape(-1, CELL, CELL, CELL)

@@ -4,23 +4,24 @@ Letters: R resolution, N band voxels, L latents (active cells of 8^3 voxels), h 
 Voxel i of R has its centre at -1 + (2i + 1) / R, so the cells of every resolution nest and flips and quarter turns are exact.
 
 A file is safetensors; its header says `format` = "ssa-volume", `version`, `resolution`, `scale`, `offset`, `y_up` and `meta` (JSON),
-its tensors are
+`margin` (voxel edges) and `levels` = floor(32767 tau / (tau + margin h)), so that a value is of the band where it is at most `levels` in
+magnitude, and its tensors are
 
 | name    | dtype, shape               | content                                                                          |
 |---------|----------------------------|----------------------------------------------------------------------------------|
 | latents | int16 [L,3]                | active cells, lexicographic, unique, 0 <= xyz < R / 8                            |
-| band    | uint8 [L,64]               | bit per child: a band voxel; child (dx*8+dy)*8+dz, most significant bit first    |
-| values  | int16 [N]                  | round(t * 32767), at most -1 where inside, at least 0 where outside              |
-| sharp   | uint8 [ceil(N/8)]          | bit per band voxel: near a marked edge                                           |
-| inside  | uint8 [ceil((512L-N)/8)]   | bit per child that is no band voxel: inside (band voxels carry it as their sign) |
+| band    | uint8 [L,64]               | bit per child: it has a value; child (dx*8+dy)*8+dz, most significant bit first  |
+| values  | int16 [N]                  | round(t * levels), at most -1 where inside, at least 0 where outside             |
+| sharp   | uint8 [ceil(N/8)]          | bit per value: near a marked edge                                                |
+| inside  | uint8 [ceil((512L-N)/8)]   | bit per child without a value: inside (a value carries it as its sign)           |
 
-which is 2 + 134 / (N / L) bytes a voxel: below 4 for every surface at R >= 256.
+which is 2 + 134 / (N / L) bytes a voxel: below 4 for every surface at R >= 256. N and L count the voxels of the margin where there is one.
 """
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,17 @@ import torch
 from torch import Tensor
 
 TAU = 1 / 128
+BAND = 1 + 1e-6  # of tau: |s| <= tau, whatever rounding does; a plane of voxel centres at R = 256 has its neighbours exactly tau away
+RESAMPLING_MARGIN = 3**0.5  # voxel edges beyond the band that `resample` needs
 CELL = 8
-_ROWS = 1 << 17  # voxels decoded at once: they stay in the cache
-_FORMAT, _VERSION, _LEVELS = "ssa-volume", "1", 32767
+_CELLS = 256  # latents decoded at once: they stay in the cache
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.int32)  # bits of a byte
+_FORMAT, _VERSION, _MOST_LEVELS = "ssa-volume", "2", 32767
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """Band voxels |s| < tau = 1/128 of one shape in the cube [-1,1]^3, grouped by latent cell.
+    """Band voxels |s| <= tau = 1/128 of one shape in the cube [-1,1]^3, grouped by latent cell; with a margin |s| < tau + margin h too.
 
     Rows are lexicographic by (latent x, y, z), then by (x, y, z) inside the latent: the order of
     `ssa.partition_voxels(coords, compression_block_size=8, selection_block_size=8)`.
@@ -43,7 +47,7 @@ class Volume:
 
     resolution: int  # R, a multiple of 8
     coords: Tensor  # [N,3] int32
-    values: Tensor  # [N] float32, t = clamp(s / tau, -1, 1), negative inside
+    values: Tensor  # [N] float32, t = s / tau, negative inside; |t| <= 1 without a margin
     sharp: Tensor  # [N] bool, within one voxel of a marked edge
     latents: Tensor  # [L,3] int32, coords // 8, lexicographic
     latent_index: Tensor  # [N] int32, row of `latents` of each voxel, non-decreasing
@@ -52,6 +56,7 @@ class Volume:
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0)  # unit = mesh * scale + offset, mesh in its z-up frame
     y_up: bool = False  # the source was y-up (GLB): turned on reading, to be turned back on writing
     meta: Mapping[str, str] = field(default_factory=dict)
+    margin: float = 0.0  # voxel edges beyond the band that are held; training reads volumes without (`without_margin`)
 
     def __post_init__(self) -> None:
         _check_resolution(self.resolution)
@@ -96,6 +101,18 @@ def group_voxels(coords: Tensor, resolution: int) -> tuple[Tensor, Tensor, Tenso
     return order, latents, index.int()
 
 
+def without_margin(volume: Volume) -> Volume:
+    """The band alone: voxels of the margin go, and latents that hold nothing else."""
+    if volume.margin == 0:
+        return volume
+    keep = volume.values.abs() <= BAND
+    rows, index = torch.unique_consecutive(volume.latent_index[keep], return_inverse=True)
+    return replace(
+        volume, coords=volume.coords[keep], values=volume.values[keep].clamp(-1, 1), sharp=volume.sharp[keep], margin=0.0,
+        latents=volume.latents[rows.long()], latent_index=index.int(), inside=volume.inside[rows.long()],
+    )  # fmt: skip
+
+
 def save_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
     """Write a volume; the file appears complete or not at all. Schema: the module's docstring."""
     from safetensors.torch import save_file
@@ -104,9 +121,15 @@ def save_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
     band = np.zeros((cells, CELL**3), np.bool_)
     band[rows, volume.child_index.cpu().numpy()] = True
     inside = volume.inside.cpu().numpy()
-    levels = np.rint(volume.values.cpu().numpy() * _LEVELS).astype(np.int16)
+    count = int(_MOST_LEVELS / (1 + volume.margin * 2 / volume.resolution / TAU))
+    values = volume.values.cpu().numpy()
+    levels = np.rint(values * count)
     if len(levels) and np.any((levels < 0) > inside[band]):
-        raise ValueError("values and inside must agree in sign at every band voxel")
+        raise ValueError("values and inside must agree in sign at every voxel")
+    beyond = np.abs(values) > BAND
+    levels[beyond] = np.copysign(np.maximum(np.abs(levels[beyond]), count + 1), values[beyond])
+    if np.abs(levels).max(initial=0) > (_MOST_LEVELS if volume.margin else count):
+        raise ValueError(f"values must lie below tau + {volume.margin} h, got {np.abs(values).max()} tau")
     levels = np.where(inside[band], np.minimum(levels, -1), levels).astype(np.int16)
     tensors = {
         "latents": volume.latents.cpu().to(torch.int16).contiguous(),
@@ -117,6 +140,7 @@ def save_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
     }
     header = {
         "format": _FORMAT, "version": _VERSION, "resolution": str(volume.resolution), "scale": repr(float(volume.scale)),
+        "margin": repr(float(volume.margin)), "levels": str(count),
         "offset": json.dumps([float(x) for x in volume.offset]), "y_up": json.dumps(volume.y_up), "meta": json.dumps(dict(volume.meta)),
     }  # fmt: skip
     path = Path(path)
@@ -125,15 +149,15 @@ def save_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
     os.replace(part, path)
 
 
-def load_volume(path: str | os.PathLike[str]) -> Volume:
-    """Read a volume (CPU tensors); ValueError names what breaks the schema of the module's docstring."""
+def load_volume(path: str | os.PathLike[str], margin: bool = False) -> Volume:
+    """Read a volume (CPU tensors), its margin only if asked for; ValueError names what breaks the schema of the module's docstring."""
     try:
-        return volume_from_bytes(Path(path).read_bytes())
+        return volume_from_bytes(Path(path).read_bytes(), margin)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def volume_from_bytes(data: bytes) -> Volume:
+def volume_from_bytes(data: bytes, margin: bool = False) -> Volume:
     """The volume in the bytes of a file, as `load_volume`."""
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -146,48 +170,48 @@ def volume_from_bytes(data: bytes) -> Volume:
     if header.get("format") != _FORMAT or header.get("version") != _VERSION:
         raise ValueError(f"not a volume of version {_VERSION}: {header.get('format')=}, {header.get('version')=}")
     try:
-        return _decode(tensors, header)
+        volume = _decode({name: x.numpy() for name, x in tensors.items()}, header)
     except KeyError as error:
         raise ValueError(f"{error} is missing") from error
+    return volume if margin else without_margin(volume)
 
 
-def _decode(tensors: dict[str, Tensor], header: dict[str, str]) -> Volume:
+def _decode(tensors: dict[str, np.ndarray], header: dict[str, str]) -> Volume:
     resolution = int(header["resolution"])
     _check_resolution(resolution)
     cells, n = len(tensors["latents"]), len(tensors["values"])
     for name, dtype, shape in (
-        ("latents", torch.int16, (cells, 3)), ("band", torch.uint8, (cells, 64)), ("values", torch.int16, (n,)),
-        ("sharp", torch.uint8, (-(-n // 8),)), ("inside", torch.uint8, (-(-(cells * CELL**3 - n) // 8),)),
+        ("latents", np.int16, (cells, 3)), ("band", np.uint8, (cells, 64)), ("values", np.int16, (n,)),
+        ("sharp", np.uint8, (-(-n // 8),)), ("inside", np.uint8, (-(-(cells * CELL**3 - n) // 8),)),
     ):  # fmt: skip
         x = tensors[name]
-        if x.dtype != dtype or tuple(x.shape) != shape:
-            raise ValueError(f"{name} must be {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}")
-    band = np.unpackbits(tensors["band"].numpy(), axis=1).view(np.bool_)
-    places = np.flatnonzero(band)
-    if len(places) != n or not band.any(1).all():
-        raise ValueError(f"band must mark one child a value and one at least in each latent, got {len(places)} children for {n} values")
-    latents = tensors["latents"].int()
-    keys = (latents.long() * torch.tensor([1 << 32, 1 << 16, 1])).sum(1)
+        if x.dtype != dtype or x.shape != shape:
+            raise ValueError(f"{name} must be {np.dtype(dtype).name} {list(shape)}, got {x.dtype} {list(x.shape)}")
+    counts = _ONES[tensors["band"]].sum(1)
+    if counts.sum() != n or not counts.all():
+        raise ValueError(f"band must mark one child a value and one at least in each latent, got {counts.sum()} children for {n} values")
+    latents = tensors["latents"].astype(np.int32)
+    keys = latents.astype(np.int64) @ [1 << 32, 1 << 16, 1]
     if cells and (latents.min() < 0 or latents.max() >= resolution // CELL or not (keys[1:] > keys[:-1]).all()):
         raise ValueError("latents must be unique, lexicographic and in the grid")
-    index = (places >> 9).astype(np.int32)
-    origins = (latents * CELL).numpy()
-    children = torch.cartesian_prod(*(torch.arange(CELL, dtype=torch.int32),) * 3).numpy()
-    coords = np.empty((n, 3), np.int32)
-    for i in range(0, n, _ROWS):
-        np.take(origins, index[i : i + _ROWS], 0, out=coords[i : i + _ROWS], mode="clip")
-        coords[i : i + _ROWS] += np.take(children, places[i : i + _ROWS] & 511, 0)
-    levels = tensors["values"]
-    inside = torch.empty(cells * CELL**3, dtype=torch.bool)
-    inside[torch.from_numpy(places)] = levels < 0
-    rest = np.unpackbits(tensors["inside"].numpy(), count=cells * CELL**3 - n).view(np.bool_)
-    inside[torch.from_numpy(np.flatnonzero(~band))] = torch.from_numpy(rest)
+    values = np.divide(tensors["values"], np.float32(header["levels"]), dtype=np.float32)
+    coords, inside = np.empty((n, 3), np.int32), np.empty((cells, CELL**3), np.bool_)
+    rest = np.unpackbits(tensors["inside"], count=cells * CELL**3 - n).view(np.bool_)
+    children = np.stack(np.unravel_index(np.arange(CELL**3), (CELL,) * 3), 1).astype(np.int32)
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    for first in range(0, cells, _CELLS):
+        last = min(first + _CELLS, cells)
+        band = np.unpackbits(tensors["band"][first:last], axis=1).view(np.bool_)
+        mine = slice(starts[first], starts[last])
+        coords[mine] = (latents[first:last, None] * CELL + children)[band]
+        inside[first:last][band] = tensors["values"][mine] < 0
+        inside[first:last][~band] = rest[first * CELL**3 - starts[first] : last * CELL**3 - starts[last]]
     return Volume(
-        resolution=resolution, coords=torch.from_numpy(coords), values=levels.float().div_(_LEVELS), latents=latents,
-        latent_index=torch.from_numpy(index),
-        sharp=torch.from_numpy(np.unpackbits(tensors["sharp"].numpy(), count=n).view(np.bool_)),
-        inside=inside.view(cells, CELL**3), scale=float(header["scale"]), offset=tuple(json.loads(header["offset"])),
-        y_up=bool(json.loads(header["y_up"])), meta=json.loads(header["meta"]),
+        resolution=resolution, coords=torch.from_numpy(coords), values=torch.from_numpy(values), latents=torch.from_numpy(latents),
+        latent_index=torch.from_numpy(np.repeat(np.arange(cells, dtype=np.int32), counts)),
+        sharp=torch.from_numpy(np.unpackbits(tensors["sharp"], count=n).view(np.bool_)),
+        inside=torch.from_numpy(inside), scale=float(header["scale"]), offset=tuple(json.loads(header["offset"])),
+        y_up=bool(json.loads(header["y_up"])), meta=json.loads(header["meta"]), margin=float(header["margin"]),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reference_model.tiles import CELL, lattice
-from reference_model.volume import TAU, Volume, child_index, group_voxels, voxel_centers
+from reference_model.volume import BAND, TAU, Volume, child_index, group_voxels, voxel_centers
 
 Distance = Callable[[Tensor], Tensor]  # points [n,3] float64 → [n], negative inside, 1-Lipschitz
 
@@ -44,20 +44,20 @@ def rotation(seed: int) -> Tensor:
 
 
 def volume_of(distance: Distance, resolution: int, margin: float = 0.0, edges: Distance | None = None) -> Volume:
-    """Volume built directly; with a margin it holds |s| < tau + margin. `edges` is the distance to marked edges."""
-    reach = TAU + margin
+    """Volume built directly; with a margin it holds |s| < tau + margin h. `edges` is the distance to marked edges."""
+    reach = TAU * BAND + margin * 2 / resolution
     cells = lattice(resolution // CELL)
     near = distance(voxel_centers(cells.double(), resolution // CELL)).abs() < reach + 3**0.5 * CELL / resolution
     points = (cells[near][:, None] * CELL + lattice(CELL)).flatten(0, 1)
     s = distance(voxel_centers(points.double(), resolution))
-    band = s.abs() < reach
+    band = s.abs() <= reach
     coords = points[band].int()
     order, latents, latent_index = group_voxels(coords, resolution)
     coords, values = coords[order], (s[band][order] / TAU).float()
     inside = (s < 0).view(-1, CELL**3)[band.view(-1, CELL**3).any(1)]
     centres = voxel_centers(coords.double(), resolution)
     sharp = torch.zeros(len(coords), dtype=torch.bool) if edges is None else edges(centres) <= 2 / resolution
-    volume = Volume(resolution, coords, values, sharp, latents, latent_index, inside)
+    volume = Volume(resolution, coords, values, sharp, latents, latent_index, inside, margin=margin)
     assert torch.equal(inside[latent_index.long(), child_index(coords)], values < 0)
     return volume
 

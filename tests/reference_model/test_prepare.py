@@ -15,6 +15,7 @@ import trimesh
 from reference_model import convert
 from reference_model.meshes import load_mesh, save_mesh
 from reference_model.prepare import main
+from reference_model.resample import resample
 from reference_model.sources import Source, find_sources, geometry_sha256
 from reference_model.volume import load_volume
 from reference_model.workers import run_all
@@ -106,6 +107,17 @@ def test_ranks_share_the_work(tmp_path) -> None:
     for rank in (0, 1):
         main([f"meshes={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "resolution=64", "contact_sheet=0", f"rank={rank}", "world_size=2"])
         assert len(table(tmp_path / "out")) == (3, 5)[rank]
+
+
+def test_a_margin_is_kept_for_resampling(tmp_path) -> None:
+    write_meshes(tmp_path / "in")
+    arguments = [f"meshes={tmp_path / 'in' / 'box.stl'}", "resolution=256", "contact_sheet=0"]
+    assert main([*arguments, f"out={tmp_path / 'plain'}"]) == main([*arguments, f"out={tmp_path / 'wide'}", "margin=1.7321"]) == 0
+    plain, wide = (next((tmp_path / name / "volumes").iterdir()) for name in ("plain", "wide"))
+    assert len(load_volume(plain).coords) == len(load_volume(wide).coords) < len(load_volume(wide, margin=True).coords)
+    assert len(resample(load_volume(wide, margin=True), 384).coords) > 2 * len(load_volume(wide).coords)
+    row, bytes_ = table(tmp_path / "plain")["box.stl"], plain.stat().st_size
+    assert bytes_ == int(row["bytes"]) <= 4 * int(row["voxels"])
 
 
 def test_filters_name_their_reason(tmp_path) -> None:

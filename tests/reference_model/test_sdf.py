@@ -9,7 +9,7 @@ import ssa
 from reference_model.extract import extract_mesh
 from reference_model.meshes import MeshError
 from reference_model.sdf import mesh_to_volume, sharp_edges
-from reference_model.volume import TAU, Volume, voxel_centers
+from reference_model.volume import RESAMPLING_MARGIN, TAU, Volume, voxel_centers, without_margin
 
 SHIFT = np.array([0.0131, -0.0072, 0.0053])  # no face on a plane of voxel centres
 
@@ -60,6 +60,35 @@ def test_box_is_exact(resolution: int) -> None:
     assert torch.equal(partition.coords[:, 1:], volume.coords)
     assert torch.equal(partition.selection.coords[:, 1:], volume.latents)
     assert volume.meta["closed"] == "true" and volume.meta["sign_conflicts"] == "0"
+
+
+@pytest.mark.parametrize("resolution", [256, 384, 512])
+@pytest.mark.parametrize("at", ["centres", "faces"])  # of voxels: neighbours lie exactly h or h / 2 from a plane
+def test_a_box_on_the_grid_is_closed(resolution: int, at: str) -> None:
+    half = np.array([0.75, 0.5, 0.25]) + (1 / resolution if at == "centres" else 0)
+    vertices, faces = box(2 * half, 0)
+    volume = mesh_to_volume(vertices, faces, resolution)
+    mesh = extracted(volume)
+    assert mesh.is_watertight and mesh.body_count == 1 and mesh.euler_number == 2
+    assert mesh.volume == pytest.approx(8 * half.prod(), rel=1e-3)
+    s = box_distance(voxel_centers(volume.coords.double(), resolution).numpy(), 2 * half, 0)
+    np.testing.assert_allclose(volume.values.numpy(), s / TAU, atol=2e-6)
+    assert volume.values.abs().max() <= 1
+
+
+def test_a_margin_holds_what_lies_beyond_the_band() -> None:
+    resolution, reach = 128, TAU + RESAMPLING_MARGIN * 2 / 128
+    plain, wide = (mesh_to_volume(*box(), resolution, margin=m) for m in (0.0, RESAMPLING_MARGIN))
+    s = box_distance(voxel_centers(wide.coords, resolution).double().numpy())
+    np.testing.assert_allclose(wide.values.numpy(), s / TAU, atol=2e-4)
+    assert np.abs(s).max() <= reach * 1.00001
+    side = np.arange(resolution)
+    dense = np.stack(np.meshgrid(side, side, side, indexing="ij"), -1).reshape(-1, 3)
+    assert len(s) == np.count_nonzero(np.abs(box_distance((2.0 * dense + 1) / resolution - 1)) < reach)
+    again = without_margin(wide)
+    for name in ("coords", "values", "sharp", "latents", "latent_index", "inside"):
+        assert torch.equal(getattr(again, name), getattr(plain, name)), name
+    assert (plain.margin, wide.margin, again.margin) == (0, RESAMPLING_MARGIN, 0)
 
 
 def test_sharp_voxels_lie_within_one_voxel_of_an_edge() -> None:

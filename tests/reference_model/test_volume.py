@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from analytic import sphere, volume_of
 from safetensors.torch import load_file, save_file
 
 import ssa
-from reference_model.volume import TAU, Volume, group_voxels, load_volume, save_volume, voxel_centers
+from reference_model.volume import RESAMPLING_MARGIN, TAU, Volume, group_voxels, load_volume, save_volume, voxel_centers
 
 
 def ball_volume(resolution: int = 256, radius: float = 0.3) -> Volume:
@@ -56,6 +57,22 @@ def test_round_trip_in_at_most_four_bytes_a_voxel(tmp_path, resolution: int) -> 
     assert torch.equal(volume.values < 0, again.values < 0)
     assert path.stat().st_size <= 4 * len(volume.coords)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_margin_survives_the_file_and_is_left_out_unless_asked_for(tmp_path) -> None:
+    wide, plain = (volume_of(sphere(0.3), 256, margin) for margin in (RESAMPLING_MARGIN, 0.0))
+    save_volume(wide, tmp_path / "v")
+    again, band = load_volume(tmp_path / "v", margin=True), load_volume(tmp_path / "v")
+    step = again.margin * 2 / 256 / TAU / 32767
+    for name in ("coords", "sharp", "latents", "latent_index", "inside"):
+        assert torch.equal(getattr(wide, name), getattr(again, name)), name
+        assert torch.equal(getattr(plain, name), getattr(band, name)), name
+    assert (wide.values - again.values).abs().max() <= step < 2e-4
+    assert (plain.values - band.values).abs().max() <= step
+    assert torch.equal(again.values.abs() <= 1, wide.values.abs() <= 1)
+    assert (again.margin, band.margin) == (RESAMPLING_MARGIN, 0)
+    with pytest.raises(ValueError, match="values must lie below tau"):
+        save_volume(dataclasses.replace(wide, margin=0.0), tmp_path / "w")
 
 
 def test_empty_volume(tmp_path) -> None:

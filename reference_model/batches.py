@@ -7,7 +7,7 @@ any number. Letters: R resolution; tokens are latents.
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from reference_model.dataset import PreparedVolume, VolumeBatch, collate_volumes
 from reference_model.resample import resample
 from reference_model.symmetry import apply_symmetry
-from reference_model.volume import Volume, load_volume, save_volume
+from reference_model.volume import Volume, load_volume, save_volume, without_margin
 
 _PATIENCE = 200  # draws in a row that may be too large
 
@@ -100,21 +100,19 @@ class ShapeSource:
 
 def at_resolution(volume: Volume, resolution: int) -> Volume:
     """The volume at a resolution, without the margin that resampling needs."""
-    if volume.resolution != resolution or (len(volume.values) and volume.values.abs().max() > 1):
-        return resample(volume, resolution)
-    return volume
+    return without_margin(volume) if volume.resolution == resolution else resample(volume, resolution)
 
 
 @dataclass(frozen=True)
 class BatchStream(Dataset[VolumeBatch]):
-    """Item `number` is a batch of one resolution, drawn with `resolutions`' weights; its volumes come from `sources` with theirs.
+    """Item `number` is a batch of one of the `resolutions`, each as likely; its volumes come from `sources` with their weights.
 
     Volumes are added until the batch holds at least `tokens`: which ones are drawn does not depend on their size, as it would if the last
     had to fit. Volumes of more than `max_tokens` are dropped and counted, so a batch has less than tokens + max_tokens.
     """
 
     sources: Sequence[tuple[Source, float]]
-    resolutions: Mapping[int, float]
+    resolutions: Sequence[int]
     tokens: int
     max_tokens: int
     seed: int = 0
@@ -122,24 +120,25 @@ class BatchStream(Dataset[VolumeBatch]):
     rank: int = 0
 
     def __post_init__(self) -> None:
-        for name, weights in (("sources", [w for _, w in self.sources]), ("resolutions", list(self.resolutions.values()))):
-            if not weights or min(weights) < 0 or sum(weights) <= 0:
-                raise ValueError(f"{name} need weights >= 0, one of them positive, got {weights}")
+        weights = [weight for _, weight in self.sources]
+        if min(weights, default=0) < 0 or sum(weights) <= 0:
+            raise ValueError(f"sources need weights >= 0, one of them positive, got {weights}")
         if self.tokens < 1 or self.max_tokens < 1:
             raise ValueError(f"tokens and max_tokens must be positive, got {self.tokens=}, {self.max_tokens=}")
 
     def data_hash(self) -> str:
         """sha256 of what can be drawn and how often."""
         text = [f"{weight} {source.identity}" for source, weight in self.sources]
-        return hashlib.sha256("\n".join([*text, str(sorted(self.resolutions.items()))]).encode()).hexdigest()
+        return hashlib.sha256("\n".join([*text, str(sorted(self.resolutions))]).encode()).hexdigest()
 
     def __getitem__(self, number: int) -> VolumeBatch:
-        resolution = list(self.resolutions)[_pick(np.random.default_rng([self.seed, number]), list(self.resolutions.values()))]
+        resolution = int(np.random.default_rng([self.seed, number]).choice(self.resolutions))
         rng = np.random.default_rng([self.seed, number, 1 + self.rank])
+        weights = np.array([weight for _, weight in self.sources])
         volumes: list[Volume] = []
         held = dropped = in_a_row = 0
         while held < self.tokens:
-            source = self.sources[_pick(rng, [weight for _, weight in self.sources])][0]
+            source, _ = self.sources[int(rng.choice(len(weights), p=weights / weights.sum()))]
             volume = source.draw(rng, resolution)
             if not 0 < len(volume.latents) <= self.max_tokens:
                 dropped, in_a_row = dropped + 1, in_a_row + 1
@@ -157,7 +156,3 @@ class BatchStream(Dataset[VolumeBatch]):
             prefetch_factor=ahead if workers else None, multiprocessing_context="spawn" if workers else None,
         ))  # fmt: skip
 
-
-def _pick(rng: np.random.Generator, weights: Sequence[float]) -> int:
-    total = np.cumsum(weights)
-    return int(np.searchsorted(total, rng.random() * total[-1], side="right"))

@@ -13,8 +13,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,15 +24,19 @@ from reference_model.cli import optional_import
 from reference_model.distributed import Ranks
 
 
-class Model(Protocol):
-    def loss(self, batch: Any, generator: torch.Generator | None) -> dict[str, Tensor]: ...
-
-
 class Batch(Protocol):
     @property
     def counts(self) -> Mapping[str, int]: ...
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch": ...
+
+
+Loss = Callable[[Any, Any, torch.Generator], dict[str, Tensor]]  # model, batch, generator → terms
+
+
+def own_loss(model: Any, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """The model's loss as it is."""
+    return model.loss(batch, generator)
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,13 @@ class TrainSettings:
 class _Loss(nn.Module):
     """The loss as a forward pass, the form that DistributedDataParallel takes."""
 
-    def __init__(self, model: nn.Module, precision: str, device: torch.device):
+    def __init__(self, model: nn.Module, loss: Loss, precision: str, device: torch.device):
         super().__init__()
-        self.model, self.precision, self.device = model, precision, device
+        self.model, self.loss, self.precision, self.device = model, loss, precision, device
 
     def forward(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return cast(Model, self.model).loss(batch, generator)
+            return self.loss(self.model, batch, generator)
 
 
 @dataclass
@@ -98,15 +103,16 @@ class _State:
 class Trainer:
     """Trains `model` (on its device) in `out`; goes on from the newest checkpoint there.
 
-    validation: batches scored with the EMA weights, the same on every rank. picture: EMA model → [H,W,3] uint8, on the first rank.
+    loss: what is minimised, the model's own by default. validation: batches scored with the EMA weights, the same on every rank.
+    picture: called with the EMA model and the path of a PNG that it may write, on the first rank, after each validation.
     card: kept in every checkpoint; a checkpoint whose card has another "data_hash" or "config" is refused by a ValueError.
     Writes out/checkpoints, out/log.jsonl, out/tensorboard and out/pictures.
     """
 
     def __init__(
         self, model: nn.Module, batches: Callable[[int], Iterator[Batch]], settings: TrainSettings, out: Path, *,
-        validation: Sequence[Batch] = (), picture: Callable[[nn.Module], Any] | None = None, card: Mapping[str, Any] | None = None,
-        ranks: Ranks | None = None,
+        loss: Loss = own_loss, validation: Sequence[Batch] = (), picture: Callable[[nn.Module, Path], None] | None = None,
+        card: Mapping[str, Any] | None = None, ranks: Ranks | None = None,
     ):  # fmt: skip
         self.model, self.batches, self.settings, self.out = model, batches, settings, out
         self.validation, self.picture, self.card, self.ranks = validation, picture, dict(card or {}), ranks or Ranks()
@@ -120,7 +126,8 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         if found := list_checkpoints(out / "checkpoints"):
             self._resume(found[-1])
-        self.loss = self.ranks.wrap(_Loss(model, settings.precision, self.device), self.device)
+        self.function = loss
+        self.loss = self.ranks.wrap(_Loss(model, loss, settings.precision, self.device), self.device)
 
     def _resume(self, path: Path) -> None:
         _, card = read_header(path)
@@ -247,7 +254,7 @@ class Trainer:
         """Mean of each term over the validation batches, EMA weights; rank r scores every size-th batch."""
         sums: dict[str, float] = defaultdict(float)
         with torch.no_grad():
-            score = _Loss(self.ema, self.settings.precision, self.device)
+            score = _Loss(self.ema, self.function, self.settings.precision, self.device)
             for number in range(self.ranks.rank, len(self.validation), self.ranks.size):
                 generator = torch.Generator(self.device).manual_seed(number)
                 terms = score(self.validation[number].to(self.device, non_blocking=True), generator)
@@ -257,14 +264,13 @@ class Trainer:
         values = self.ranks.sum([sums[name] for name in names])
         self._write("validation", {name: value / len(self.validation) for name, value in zip(names, values, strict=True)})
         if self.picture and self.ranks.rank == 0:
+            path = self.out / "pictures" / f"step_{self.state.step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
             with torch.no_grad():
-                self._show(self.picture(self.ema))
-
-    def _show(self, picture: Any) -> None:
-        folder = self.out / "pictures"
-        folder.mkdir(exist_ok=True)
-        optional_import("PIL.Image").fromarray(picture).save(folder / f"step_{self.state.step:08d}.png")
-        self.board.add_image("validation/picture", picture, self.state.step, dataformats="HWC")
+                self.picture(self.ema, path)
+            if path.exists():
+                pixels = np.asarray(optional_import("PIL.Image").open(path).convert("RGB"))
+                self.board.add_image("validation/picture", pixels, self.state.step, dataformats="HWC")
 
     def _save(self) -> None:
         if self.ranks.rank == 0:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from reference_model.distributed import Ranks
 from reference_model.trainer import Trainer, TrainSettings
 
 SETTINGS = TrainSettings(
-    steps=20, lr=0.01, weight_decay=0.1, warmup=5, clip=0.5, ema=0.9, precision="fp32", seed=3, log_every=1, validate_every=1000, save_every=4
-)
+    steps=20, lr=0.01, weight_decay=0.1, warmup=5, clip=0.5, ema=0.9, precision="fp32", seed=3, log_every=1, validate_every=1000,
+    save_every=4,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ def main(out: Path, steps: int, pause: float) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.launched()
     model, settings = Toy(), replace(SETTINGS, steps=steps)
-    trainer = Trainer(model, lambda start: toy_batches(start, ranks.rank, pause), settings, out, validation=[toy_batch(-1 - i) for i in range(3)],
-                      card={"config": "toy", "data_hash": "0"}, ranks=ranks)  # fmt: skip
-    trainer.run()
+    held_out = [toy_batch(-1 - i) for i in range(3)]
+    batches = partial(toy_batches, rank=ranks.rank, pause=pause)
+    Trainer(model, batches, settings, out, validation=held_out, card={"config": "toy", "data_hash": "0"}, ranks=ranks).run()
     torch.save(model.state_dict(), out / f"rank{ranks.rank}.pt")
     ranks.close()
 

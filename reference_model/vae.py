@@ -1,0 +1,167 @@
+"""SS-VAE: a signed-distance volume ⇄ 16 numbers for every active cell of 8^3 voxels (paper: arXiv 2505.17412, section 3.2).
+
+    volume [N voxels] → Encoder → Posterior [L,16] → sample → Decoder → a value at each of the 512 children of the L latents
+
+`loss` is what a trainer minimises; `encode` and `decode` are the two halves. Letters: N band voxels, L latents, B samples, R resolution.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import ssa
+from reference_model.dataset import VolumeBatch
+from reference_model.vae_decoder import HALO, Decoder
+from reference_model.vae_encoder import Encoder, EncoderPlan
+from reference_model.vae_grid import check_latents, slot_coords
+from reference_model.vae_loss import kl_divergence, make_targets, occupancy_loss, reconstruction_terms
+from reference_model.volume import CELL
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes and choices; the defaults are the paper's."""
+
+    channels: tuple[int, int, int] = (32, 64, 128)  # at R, R/2, R/4
+    hidden_size: int = 512  # at the latents
+    num_layers: int = 4  # transformer blocks, in the encoder and in the decoder
+    num_heads: int = 8
+    mlp_ratio: int = 4
+    window_size: int = 8  # latents; odd layers shift by half of it
+    latent_channels: int = 16
+    decoder: str = "symmetric"  # or "released"
+    pooling: str = "mean"  # or "released": sum / (n + 1)
+    occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning
+    conv_backend: str | None = None  # "torch", "triton", "spconv"; None: triton on CUDA, torch elsewhere
+    lambda_in: float = 1.0
+    lambda_ext: float = 0.1
+    lambda_sharp: float = 1.0
+    lambda_kl: float = 1e-3
+    lambda_occupancy: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        if len(self.channels) != 3:
+            raise ValueError(f"channels must be three numbers, got {self.channels}")
+        head_dim = self.hidden_size // self.num_heads
+        if self.hidden_size % self.num_heads or head_dim % 8 or not 16 <= head_dim <= 128:
+            raise ValueError(f"hidden_size / num_heads must be a multiple of 8 from 16 to 128, got {self.hidden_size} / {self.num_heads}")
+        for name, value, allowed in (("decoder", self.decoder, ("symmetric", "released")), ("pooling", self.pooling, ("mean", "released"))):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """Diagonal normal distribution of each latent."""
+
+    mean: Tensor  # [L,16] float32
+    logvar: Tensor  # [L,16] float32
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """[L,16]; the generator must live on the device of the latents."""
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+        return self.mean + noise * (0.5 * self.logvar).exp()
+
+
+class SparseVAE(nn.Module):
+    """The two halves and the loss. `activation_checkpointing = True` recomputes every block in the backward."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return self.encoder.checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, value: bool) -> None:
+        self.encoder.checkpointing = self.decoder.checkpointing = value
+
+    def partitions(self, latents: Tensor) -> tuple[ssa.VoxelPartition, ssa.VoxelPartition]:
+        """Order of latents [L,4] with windows without and with shift, shared by all layers of a batch."""
+        size = self.config.window_size
+        plain = ssa.partition_voxels(latents, compression_block_size=size, selection_block_size=size, window_size=size)
+        return plain, plain.with_window(size, size // 2)
+
+    def encode(self, batch: VolumeBatch) -> Posterior:
+        """Posterior of each latent, rows as batch.latents."""
+        return self._encode(EncoderPlan.build(batch), self.partitions(batch.latents), batch.resolution)
+
+    def decode(self, z: Tensor, latents: Tensor, resolution: int) -> Tensor:
+        """Values [L,512] float32 in (-1, 1) of the children (dx*8+dy)*8+dz of each latent.
+
+        z [L,16]; latents [L,4] integer (sample, x, y, z), unique, lexicographic, in [0, R/8). ValueError otherwise.
+        """
+        return self.decoder.upsample(self.attend(z, latents, resolution), latents, resolution // CELL)[0]
+
+    def attend(self, z: Tensor, latents: Tensor, resolution: int) -> Tensor:
+        """First half of `decode`, over all latents: → [L,hidden] for `decoder.upsample`."""
+        _check_decode(z, latents, resolution, self.config.latent_channels)
+        return self.decoder.attend(z, latents, self.partitions(latents), _factor(resolution))
+
+    def loss(self, batch: VolumeBatch, generator: torch.Generator | None = None, crop_latents: int | None = None) -> dict[str, Tensor]:
+        """Terms of the loss, float32 scalars: "in", "ext", "sharp", "kl" (and "occupancy"), and the weighted sum "total".
+
+        crop_latents: edge of a random cube a sample, inside which the decoder is asked (32 at 1024); the upsampling then runs there and on
+        a halo of 3 latents, so that the crop's values are those of the whole. None: everywhere. The generator lives on the batch's device.
+        """
+        c, grid = self.config, batch.resolution // CELL
+        partitions = self.partitions(batch.latents)
+        posterior = self._encode(EncoderPlan.build(batch), partitions, batch.resolution)
+        h = self.decoder.attend(posterior.sample(generator), batch.latents, partitions, _factor(batch.resolution))
+        targets, latents = make_targets(batch), batch.latents
+        if crop_latents is None:
+            predicted, logits = self.decoder.upsample(h, latents, grid)
+        else:
+            low = _crop_corner(batch, crop_latents, generator)[latents[:, 0].long()]
+            rows = _inside(latents, low - HALO, crop_latents + 2 * HALO).nonzero().flatten()
+            core = _inside(latents[rows], low[rows], crop_latents).nonzero().flatten()
+            predicted, logits = self.decoder.upsample(h[rows], latents[rows], grid)
+            predicted, logits = predicted[core], {edge: logit[core] for edge, logit in logits.items()}
+            targets = targets.rows(rows[core])
+        terms = reconstruction_terms(predicted, targets)
+        terms["kl"] = kl_divergence(posterior.mean, posterior.logvar)
+        weights = {"in": c.lambda_in, "ext": c.lambda_ext, "sharp": c.lambda_sharp, "kl": c.lambda_kl}
+        if c.occupancy:
+            child = slot_coords(CELL, latents.device) @ torch.tensor([64, 8, 1], device=latents.device)
+            terms["occupancy"] = occupancy_loss(logits, targets.band[:, child])
+            weights["occupancy"] = c.lambda_occupancy
+        terms["total"] = torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
+        return terms
+
+    def _encode(self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], resolution: int) -> Posterior:
+        return Posterior(*self.encoder(plan, partitions, _factor(resolution)))
+
+
+def _factor(resolution: int) -> float:
+    """Of the position code: a place in the cube has one code at every resolution, that of the 64^3 grid."""
+    return 64 * CELL / resolution
+
+
+def _crop_corner(batch: VolumeBatch, edge: int, generator: torch.Generator | None) -> Tensor:
+    """[B,3] lowest corner of a cube of `edge` latents round a random latent of each sample, moved into the grid."""
+    if edge < 1:
+        raise ValueError(f"crop_latents must be at least 1, got {edge}")
+    counts = batch.cu_latents.diff().long()
+    drawn = torch.rand(len(counts), generator=generator, device=counts.device)
+    row = batch.cu_latents[:-1].long() + (drawn * counts).long().clamp(max=(counts - 1).clamp(min=0))
+    low = batch.latents[row.clamp(max=len(batch.latents) - 1), 1:].long() - edge // 2
+    return low.clamp(min=0, max=max(batch.resolution // CELL - edge, 0))
+
+
+def _inside(latents: Tensor, low: Tensor, edge: int) -> Tensor:
+    """[L] bool: latents [L,4] in the cube of `edge` from low [L,3]."""
+    step = latents[:, 1:] - low
+    return ((step >= 0) & (step < edge)).all(1)
+
+
+def _check_decode(z: Tensor, latents: Tensor, resolution: int, channels: int) -> None:
+    if resolution < CELL or resolution % CELL:
+        raise ValueError(f"resolution must be a positive multiple of {CELL}, got {resolution=}")
+    check_latents(latents, resolution // CELL)
+    if z.shape != (len(latents), channels):
+        raise ValueError(f"z must be [L,{channels}] for {len(latents)} latents, got {z.shape=}")

@@ -1,0 +1,189 @@
+"""Blocks of the VAE (paper: arXiv 2505.17412, section 3.2; the released inference code where a docstring says so).
+
+Rows of a level are `vae_grid.Level`'s: by sample, latent and Z-curve. Letters: n rows, C channels, L latents, B samples.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import ssa
+from reference_model.sparse_conv import SparseConv3d
+from reference_model.vae_grid import Level
+
+_ROWS = 1 << 18  # rows of the finest level handled at once: [rows, 8, 32] float32 is 268 MB
+
+
+class SampleGroupNorm(nn.Module):
+    """GroupNorm over all rows of a sample and the channels of a group (32 groups, fewer if 32 does not divide C); float32, eps 1e-5."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.groups, self.eps = math.gcd(32, channels), 1e-5
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """x [n,C], sizes: rows of each sample → [n,C] in x's dtype."""
+        parts = []
+        for part in x.split(list(sizes)):
+            variance, mean = torch.var_mean(part.float(), 0, correction=0) if len(part) else (self.bias, self.bias)
+            scale, shift = self.affine(mean, variance)
+            parts.append(torch.addcmul(shift, part.float(), scale).to(x.dtype))
+        return torch.cat(parts)
+
+    def affine(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments [C] of each channel → (scale, shift) [C] such that x * scale + shift is the normalised x."""
+        means, variances = mean.view(self.groups, -1), variance.view(self.groups, -1)
+        center = means.mean(1, keepdim=True)
+        spread = (variances + (means - center).square()).mean(1, keepdim=True)
+        scale = (torch.rsqrt(spread + self.eps) * self.weight.view_as(means)).flatten()
+        return scale, self.bias - center.expand_as(means).flatten() * scale
+
+
+class Pool(nn.Module):
+    """Mean over the active children of each row of the next coarser level; "released" divides by their number plus one."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def factor(self, count: Tensor) -> Tensor:
+        """count [...] float32, at least 1 → what a true mean is multiplied by."""
+        return count / (count + 1) if self.kind == "released" else torch.ones_like(count)
+
+    def forward(self, x: Tensor, blocks: ssa.Blocks) -> Tensor:
+        """x [n,C], blocks: children of each coarser row → [rows,C]."""
+        mean = ssa.block_mean(x, blocks)
+        return (mean * self.factor(blocks.offsets.diff()[:, None].float())).to(x.dtype) if self.kind == "released" else mean
+
+
+class DownBlock(nn.Module):
+    """Residual block of the release: norm, SiLU, pool 2^3, conv 3^3, norm, SiLU, conv 3^3, plus conv 1^3 of the pooled input."""
+
+    def __init__(self, channels_in: int, channels_out: int, pooling: str, backend: str | None):
+        super().__init__()
+        self.norm1, self.norm2 = SampleGroupNorm(channels_in), SampleGroupNorm(channels_out)
+        self.pool = Pool(pooling)
+        self.conv1 = SparseConv3d(channels_in, channels_out, backend)
+        self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
+        self.skip = nn.Linear(channels_in, channels_out)
+
+    def forward(self, x: Tensor, sizes: Sequence[int], blocks: ssa.Blocks, level: Level, level_sizes: Sequence[int]) -> Tensor:
+        """x [n,C] of the finer level with `sizes` rows a sample → [rows of level, C']."""
+        active = self.pool(F.silu(self.norm1(x, sizes)), blocks)
+        return self.convolve(active, self.pool(x, blocks), level, level_sizes)
+
+    def convolve(self, active: Tensor, raw: Tensor, level: Level, level_sizes: Sequence[int]) -> Tensor:
+        h = self.conv1(active, level)
+        h = self.conv2(F.silu(self.norm2(h, level_sizes)), level)
+        return h + self.skip(raw).to(h.dtype)
+
+
+class Lift(nn.Module):
+    """The finest level of the encoder: Linear 1 → C of each value, then norm, SiLU and pooling of the first `DownBlock`.
+
+    Every channel is an affine function of one number, so its norm needs only mean and variance of the values, and rows are made, pooled and
+    dropped piece by piece: [N,C] of tens of millions of voxels never exists.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.linear = nn.Linear(1, channels)
+
+    def forward(
+        self, values: Tensor, active: Tensor, sizes: Sequence[int], cells: Sequence[int], block: DownBlock
+    ) -> tuple[Tensor, Tensor]:
+        """values [n,8] float32 of the children of each cell, active [n,8] bool; sizes, cells: voxels and cells of each sample.
+
+        Returns (pooled activation, pooled input) [n,C] float32.
+        """
+        weight, bias = self.linear.weight[:, 0].float(), self.linear.bias.float()
+        pooled, raw = [], []
+        for t, mask, size in zip(values.split(list(cells)), active.split(list(cells)), sizes, strict=True):
+            mean = torch.where(mask, t, 0).sum() / max(size, 1)
+            variance = torch.where(mask, t - mean, 0).square().sum() / max(size, 1)
+            scale, shift = block.norm1.affine(weight * mean + bias, weight.square() * variance)
+            count = mask.sum(1, keepdim=True).float()
+            factor = block.pool.factor(count)
+            raw.append((torch.where(mask, t, 0).sum(1, keepdim=True) / count * weight + bias) * factor)
+            for rows, rows_mask, n in zip(t.split(_ROWS), mask.split(_ROWS), (factor / count).split(_ROWS), strict=True):
+                pooled.append(checkpoint(_activate, rows, rows_mask, weight * scale, bias * scale + shift, n, use_reentrant=False))
+        return torch.cat(pooled), torch.cat(raw)
+
+
+def _activate(t: Tensor, mask: Tensor, scale: Tensor, shift: Tensor, share: Tensor) -> Tensor:
+    """Sum over the active children t [n,8] of SiLU(t scale + shift), times share [n,1] → [n,C]."""
+    return (F.silu(t[..., None] * scale + shift) * mask[..., None]).sum(1) * share
+
+
+class UpBlock(nn.Module):
+    """Mirror of `DownBlock`: norm, SiLU, repeat to 8 children, conv 3^3, norm, SiLU, conv 3^3, plus conv 1^3 of the repeated input.
+
+    The norms are LayerNorms of each row instead of GroupNorms over the sample: a crop or a chunk then equals the whole.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, backend: str | None):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(channels_in), nn.LayerNorm(channels_out)
+        self.conv1 = SparseConv3d(channels_in, channels_out, backend)
+        self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
+        self.skip = nn.Linear(channels_in, channels_out)
+
+    def forward(self, x: Tensor, level: Level, finer: Level) -> Tensor:
+        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`."""
+        h = F.silu(self.norm1(x)).to(x.dtype)
+        h = self.conv1(h.repeat_interleave(8, 0), finer)
+        h = self.conv2(F.silu(self.norm2(h)).to(h.dtype), finer)
+        return h + self.skip(x).to(h.dtype).repeat_interleave(8, 0)
+
+
+class ReleasedUpBlock(nn.Module):
+    """Upsampling of the release: conv 3^3, SiLU, repeat to 8 children, conv 3^3, SiLU; no norm, no skip."""
+
+    def __init__(self, channels_in: int, channels_out: int, backend: str | None):
+        super().__init__()
+        self.conv1 = SparseConv3d(channels_in, channels_out, backend)
+        self.conv2 = SparseConv3d(channels_out, channels_out, backend)
+
+    def forward(self, x: Tensor, level: Level, finer: Level) -> Tensor:
+        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`."""
+        h = F.silu(self.conv1(x, level)).repeat_interleave(8, 0)
+        return F.silu(self.conv2(h, finer))
+
+
+class AttentionBlock(nn.Module):
+    """Pre-norm transformer block on latents in packed order: window attention, then an MLP (GELU, tanh form)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, mlp_ratio * hidden_size), nn.GELU("tanh"), nn.Linear(mlp_ratio * hidden_size, hidden_size)
+        )
+
+    def forward(self, x: Tensor, partition: ssa.VoxelPartition) -> Tensor:
+        """x [L,hidden] in the order of the partition, whose window is attended to."""
+        q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.num_heads, -1).unbind(1)
+        attended, _ = ssa.window_attention(q, k, v, partition)
+        x = x + self.out(attended.flatten(1))
+        return x + self.mlp(self.norm2(x))
+
+
+def position_code(coords: Tensor, channels: int, factor: float) -> Tensor:
+    """Absolute position code (the release): coords [n,3] → [n,channels] float32.
+
+    F = channels // 6 frequencies 10000^(-j/F); for each axis sin, then cos of coordinate * factor * frequency; zeros fill the rest.
+    """
+    count = channels // 6
+    frequency = 10000.0 ** (-torch.arange(count, device=coords.device) / count)
+    angle = coords.float()[:, :, None] * factor * frequency  # [n,3,F]
+    code = torch.cat((angle.sin(), angle.cos()), 2).flatten(1)
+    return F.pad(code, (0, channels - code.shape[1]))

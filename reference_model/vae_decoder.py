@@ -1,0 +1,78 @@
+"""Decoder of the VAE: latents → a value in (-1, 1) at each of their 512 voxels (paper: arXiv 2505.17412, section 3.2).
+
+Linear 16→512, position code, window attention over all latents, three upsamplings 512→128→64→32, Linear, tanh. Nothing after the attention
+looks farther than 3 latents, so those rows may be cropped (training) or cut in chunks (inference) if a halo of 3 latents comes along.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import ssa
+from reference_model.vae_blocks import ReleasedUpBlock, UpBlock, position_code
+from reference_model.vae_encoder import attend, attention_blocks
+from reference_model.vae_grid import build_level, find_latent_neighbors, slots_of_children
+
+if TYPE_CHECKING:
+    from reference_model.vae import VAEConfig
+
+HALO = 3  # latents: the released form reaches 8 + 4 + 4 + 2 + 2 + 1 = 21 voxels, the symmetric one 4 + 4 + 2 + 2 + 1 + 1 = 14
+EDGES = (2, 4, 8)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = (config.hidden_size, *reversed(config.channels))
+        block = UpBlock if config.decoder == "symmetric" else ReleasedUpBlock
+        self.checkpointing = False
+        self.linear = nn.Linear(config.latent_channels, config.hidden_size)
+        self.blocks = attention_blocks(config)
+        self.up = nn.ModuleList(block(a, b, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
+        self.occupancy = nn.ModuleList(nn.Linear(c, 1) for c in widths[1:-1]) if config.occupancy else None
+        self.head = nn.Linear(widths[-1], 1)
+
+    def attend(self, z: Tensor, latents: Tensor, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float) -> Tensor:
+        """z [L,16] at latents [L,4] → [L,hidden]; never cut, because windows do not nest in chunks."""
+        x = self.linear(z)
+        return attend(self.blocks, x + position_code(latents[:, 1:], x.shape[1], factor), partitions, self._run)
+
+    def upsample(self, x: Tensor, latents: Tensor, grid: int, prune: float | None = None) -> tuple[Tensor, dict[int, Tensor]]:
+        """x [L,hidden] at latents [L,4], lexicographic → values [L,512] float32 by child, NaN where pruned, and the occupancy logits.
+
+        prune: children whose cell holds a band voxel with a smaller probability are left out (needs the occupancy head).
+        The logits {edge: [L,edge^3]} by slot are empty without that head or when pruning.
+        """
+        if prune is not None and self.occupancy is None:
+            raise ValueError("prune needs a model with the occupancy head (VAEConfig.occupancy)")
+        neighbors = find_latent_neighbors(latents, grid)
+        level = build_level(latents, neighbors, 1)
+        kept: Tensor | None = None  # [L,edge^3] bool of the level, None: all
+        logits: dict[int, Tensor] = {}
+        for i, (edge, block) in enumerate(zip(EDGES, self.up, strict=True)):
+            finer = build_level(latents, neighbors, edge, None if kept is None else kept.repeat_interleave(8, 1))
+            x = self._run(block, x, level, finer)
+            if self.occupancy is not None and edge < EDGES[-1]:
+                logit = self.occupancy[i](x).float()[:, 0]
+                if prune is None:
+                    logits[edge] = logit.view(len(latents), edge**3)
+                else:
+                    chosen = logit.sigmoid() >= prune
+                    kept = torch.zeros(len(latents) * edge**3, dtype=torch.bool, device=x.device)
+                    kept[slice(None) if finer.places is None else finer.places] = chosen
+                    kept = kept.view(len(latents), edge**3)
+                    x, finer = x[chosen], build_level(latents, neighbors, edge, kept)
+            level = finer
+        values = self.head(x).float()[:, 0].tanh()
+        if level.places is not None:
+            values = torch.full((len(latents) * 512,), torch.nan, device=x.device).index_put((level.places,), values)
+        return values.view(len(latents), 512)[:, slots_of_children(x.device)], logits
+
+    def _run(self, function, *args):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)

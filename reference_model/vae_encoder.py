@@ -1,0 +1,108 @@
+"""Encoder of the VAE: band voxels → mean and log variance of 16 channels at each latent (paper: arXiv 2505.17412, section 3.2).
+
+Linear 1→32; three residual blocks that halve the resolution, 32→64→128→512; Linear, position code, window attention at the latents,
+LayerNorm without weights, Linear. GroupNorms take their statistics over a sample, so a sample is never cropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import ssa
+from reference_model.dataset import VolumeBatch
+from reference_model.vae_blocks import AttentionBlock, DownBlock, Lift, position_code
+from reference_model.vae_grid import Level, build_level, find_latent_neighbors, slots_of_children
+from reference_model.volume import CELL, child_index
+
+if TYPE_CHECKING:
+    from reference_model.vae import VAEConfig
+
+EDGES = (4, 2, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderPlan:
+    """Everything of a batch that depends on coordinates, and its values by children."""
+
+    values: Tensor  # [n4,8] float32: values of the children of each cell of 2^3 voxels, 0 where there is none
+    active: Tensor  # [n4,8] bool
+    levels: tuple[Level, ...]  # edges 4, 2, 1
+    blocks: tuple[ssa.Blocks, ...]  # children of the rows of levels[1], levels[2]
+    sizes: tuple[list[int], ...]  # rows of each sample at edges 8, 4, 2, 1
+
+    @classmethod
+    def build(cls, batch: VolumeBatch) -> EncoderPlan:
+        """One host synchronisation for the sizes, one for each level's rows."""
+        latents, device = batch.latents, batch.latents.device
+        place = batch.latent_index.long() * CELL**3 + slots_of_children(device)[child_index(batch.coords[:, 1:])]
+        values = torch.zeros(len(latents) * CELL**3, device=device)
+        active = torch.zeros(values.shape, dtype=torch.bool, device=device)
+        values[place] = batch.values.clamp(-1, 1)
+        active[place] = True
+        masks = {CELL: active.view(len(latents), CELL**3)}
+        for edge in EDGES:
+            masks[edge] = masks[2 * edge].view(len(latents), edge**3, 8).any(2)
+        neighbors = find_latent_neighbors(latents, batch.resolution // CELL)
+        levels = tuple(build_level(latents, neighbors, edge, masks[edge] if edge > 1 else None) for edge in EDGES)
+        counts = torch.stack([F.pad(mask.sum(1).cumsum(0), (1, 0)) for mask in masks.values()])
+        bounds = counts[:, batch.cu_latents.long()]
+        blocks = []
+        for fine, coarse, cu in zip(levels, levels[1:], bounds[2:], strict=False):
+            children = masks[fine.edge].view(-1, 8).sum(1)
+            offsets = F.pad((children if coarse.places is None else children[coarse.places]).cumsum(0), (1, 0))
+            blocks.append(ssa.Blocks(2, offsets.int(), cu.int(), coarse.coords))
+        rows = levels[0].places
+        sizes = tuple(bounds.diff(dim=1).tolist())
+        return cls(values.view(-1, 8)[rows], active.view(-1, 8)[rows], levels, tuple(blocks), sizes)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = (*config.channels, config.hidden_size)
+        self.checkpointing = False
+        self.lift = Lift(widths[0])
+        self.down = nn.ModuleList(DownBlock(a, b, config.pooling, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
+        self.linear = nn.Linear(config.hidden_size, config.hidden_size)
+        self.blocks = attention_blocks(config)
+        self.moments = nn.Linear(config.hidden_size, 2 * config.latent_channels)
+
+    def forward(self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float) -> tuple[Tensor, Tensor]:
+        """→ mean, logvar [L,16] float32, rows as the latents; partitions: windows without and with shift."""
+        run = self._checkpointed if self.checkpointing and torch.is_grad_enabled() else _plain
+        first = self.down[0]
+        active, raw = self.lift(plan.values, plan.active, plan.sizes[0], plan.sizes[1], first)
+        x = run(first.convolve, active, raw, plan.levels[0], plan.sizes[1])
+        for i, block in enumerate(list(self.down)[1:]):
+            x = run(block, x, plan.sizes[i + 1], plan.blocks[i], plan.levels[i + 1], plan.sizes[i + 2])
+        x = self.linear(x)
+        x = x + position_code(plan.levels[-1].latents[:, 1:], x.shape[1], factor)
+        x = attend(self.blocks, x, partitions, run)
+        mean, logvar = self.moments(F.layer_norm(x, x.shape[1:])).float().chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    @staticmethod
+    def _checkpointed(function, *args):
+        return checkpoint(function, *args, use_reentrant=False)
+
+
+def _plain(function, *args):
+    return function(*args)
+
+
+def attention_blocks(config: VAEConfig) -> nn.ModuleList:
+    return nn.ModuleList(AttentionBlock(config.hidden_size, config.num_heads, config.mlp_ratio) for _ in range(config.num_layers))
+
+
+def attend(blocks: nn.ModuleList, x: Tensor, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], run=_plain) -> Tensor:
+    """Window attention, unshifted and shifted in turn; x [L,hidden] in the order of the latents, in and out."""
+    x = partitions[0].sort(x)
+    for i, block in enumerate(blocks):
+        x = run(block, x, partitions[i % 2])
+    return partitions[0].unsort(x)

@@ -1,0 +1,60 @@
+"""Targets and losses of the VAE (paper: arXiv 2505.17412, section 3.2, Eq. 3).
+
+    L = sum over c in {in, ext, sharp} of lambda_c mean_c (t - t~)^2 + lambda_kl KL
+
+in: band voxels; ext: the other children of active latents, t = ±1 by the true sign; sharp: band voxels near a marked edge. Each mean runs
+over its own set in the whole batch and is 0 for an empty set. The paper names no reduction of KL: here the mean over latent elements.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reference_model.dataset import VolumeBatch
+from reference_model.volume import CELL, child_index
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What the decoder should say at every child of L latents, child (dx*8+dy)*8+dz."""
+
+    values: Tensor  # [L,512] float32, t of band voxels, ±1 elsewhere
+    band: Tensor  # [L,512] bool
+    sharp: Tensor  # [L,512] bool, within the band
+
+    def rows(self, index: Tensor) -> "Targets":
+        return Targets(self.values[index], self.band[index], self.sharp[index])
+
+
+def make_targets(batch: VolumeBatch) -> Targets:
+    """Targets at all latents of a batch; values are clamped to [-1, 1]."""
+    place = batch.latent_index.long() * CELL**3 + child_index(batch.coords[:, 1:])
+    values = torch.where(batch.inside, -1.0, 1.0)
+    band, sharp = torch.zeros_like(batch.inside), torch.zeros_like(batch.inside)
+    values.view(-1)[place] = batch.values.clamp(-1, 1)
+    band.view(-1)[place] = True
+    sharp.view(-1)[place] = batch.sharp
+    return Targets(values, band, sharp)
+
+
+def reconstruction_terms(predicted: Tensor, targets: Targets) -> dict[str, Tensor]:
+    """Mean squared errors "in", "ext", "sharp" of predicted [L,512]; float32 scalars."""
+    squared = (predicted.float() - targets.values).square()
+    sets = {"in": targets.band, "ext": ~targets.band, "sharp": targets.sharp}
+    return {name: torch.where(chosen, squared, 0).sum() / chosen.sum().clamp(min=1) for name, chosen in sets.items()}
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """Mean over all elements of (mean^2 + var - 1 - log var) / 2, 0 for none; float32."""
+    mean, logvar = mean.float(), logvar.float()
+    return (mean.square() + logvar.exp() - 1 - logvar).sum() / (2 * max(mean.numel(), 1))
+
+
+def occupancy_loss(logits: dict[int, Tensor], band: Tensor) -> Tensor:
+    """Cross entropy of "a band voxel lies in this cell", mean over the levels; logits {edge: [L,edge^3]}, band [L,512], both by slot."""
+    terms = []
+    for edge, logit in logits.items():
+        target = band.view(len(band), edge**3, -1).any(2).float()
+        terms.append(torch.nn.functional.binary_cross_entropy_with_logits(logit.float(), target, reduction="sum") / max(logit.numel(), 1))
+    return torch.stack(terms).mean()

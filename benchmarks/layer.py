@@ -1,36 +1,42 @@
-"""What a layer costs beyond the bare operator, and what its host side costs: `python -m benchmarks.layer`.
+"""What a layer costs beyond the bare operator, its compressors, the partition, and its host side: `python -m benchmarks.layer`.
 
 hidden 1024, 32 query and 2 key/value heads of 32, (m_cmp, m_slc, topk) = (4, 8, 8), bf16 on a GPU, the gyroid. The bare operator gets
-the layer's own q, k, v, k_cmp, v_cmp and gates. The bounds shown on a GPU are those for T = 131,072 on an H200.
+the layer's own q, k, v, k_cmp, v_cmp and gates. Figures go to results/GPU-DATE-layer.csv and .md as they are measured; a part that fails
+is recorded and the others go on. The bounds shown on a GPU are those for T = 131,072 on an H200.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import ssa
 
-from .timing import Call, environment, event_times, measure, synchronize, three_calls, wall_times
+from .timing import Call, environment, event_times, measure, reason_of, short_name, synchronize, three_calls, wall_times
 from .voxels import gyroid
 
 HIDDEN, NUM_HEADS, NUM_KV_HEADS, TOPK = 1024, 32, 2, 8
+COMPRESSORS = ("conv_mean", "direct3d_s2_v1", "direct3d_s2_v2")
+SMALL_TOKENS = 4_096  # where launches cost more than kernels
 REPEATS = 20
+COLUMNS = "figure T value unit bound kept gpu torch triton commit date".split()
 
 
 class Bench:
     """A layer, its voxels and its input, rows in packed order."""
 
-    def __init__(self, num_tokens: int, device: torch.device, dtype: torch.dtype, window_shift: int = 0):
+    def __init__(self, num_tokens: int, device: torch.device, dtype: torch.dtype, window_shift: int = 0, compression: str = "conv_mean"):
         torch.manual_seed(0)
         self.device = device
         self.layer = ssa.SpatialSparseAttention(
-            HIDDEN, NUM_HEADS, NUM_KV_HEADS, topk=TOPK, window_shift=window_shift, device=device, dtype=dtype
+            HIDDEN, NUM_HEADS, NUM_KV_HEADS, topk=TOPK, window_shift=window_shift, compression=compression, device=device, dtype=dtype
         )
         self.coords = gyroid(num_tokens).to(device)
         self.partition = self.layer.partition(self.coords)
@@ -69,7 +75,9 @@ class Bench:
             k_cmp = layer.compression_key(k, partition, layer.intra_block_pe.flatten(0, 2), layer.impl)
             return torch.cat([k_cmp, layer.compression_value(v, partition, None, layer.impl)])
 
-        return forward, leaves, (*leaves, partition.neighbors, partition.coords, partition.compression.offsets)
+        blocks = partition.compression
+        shared = (partition.coords, partition.cu_seqlens, partition.neighbors, partition.block_neighbors, blocks.offsets, blocks.cu_blocks)
+        return forward, leaves, (*leaves, *shared)
 
 
 def saved_bytes(forward: Callable[[], Tensor], existing: tuple[Tensor, ...]) -> int:
@@ -161,60 +169,124 @@ def launches(bench: Bench) -> dict[str, float]:
     return {"host enqueue": float(host), "eager": float(eager), "CUDA graph": float(replay)}
 
 
-def report(name: str, value: float, unit: str, bound: float | None = None) -> bool:
-    """Print a figure beside its bound; whether it keeps it."""
-    kept = bound is None or value <= bound
-    print(f"{name:52} {value:9.3f} {unit}" + ("" if bound is None else f"  (bound {bound:g}{'' if kept else ', EXCEEDED'})"), flush=True)
-    return kept
+class Figures:
+    """Figures as they come: on the screen, as lines of a CSV file with `COLUMNS`, at the end as Markdown beside it."""
+
+    def __init__(self, path: Path, environment: dict[str, str], bounded: bool):
+        self.path, self.environment, self.bounded = path, environment, bounded
+        self.rows: list[dict[str, str]] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writeheader()
+
+    @property
+    def good(self) -> bool:
+        """Whether every bound is kept and nothing failed."""
+        return all(row["kept"] in ("", "yes") for row in self.rows)
+
+    def add(self, name: str, num_tokens: int, value: float, unit: str, bound: float | None = None) -> None:
+        """A figure and, on a GPU, the most it may be."""
+        bound = bound if self.bounded else None
+        kept = "" if bound is None else "yes" if value <= bound else "no"
+        self._row(name, num_tokens, f"{value:.4g}", unit, "" if bound is None else f"{bound:.4g}", kept)
+
+    def fail(self, name: str, num_tokens: int, reason: str) -> None:
+        """A part that gave no figure, and why."""
+        self._row(f"{name}: {reason}", num_tokens, "", "", "", "failed")
+
+    def _row(self, name: str, num_tokens: int, value: str, unit: str, bound: str, kept: str) -> None:
+        row = dict(figure=name, T=str(num_tokens), value=value, unit=unit, bound=bound, kept=kept) | self.environment
+        self.rows.append(row)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        beside = {"": "", "yes": f"(bound {bound})", "no": f"(bound {bound}, EXCEEDED)", "failed": "FAILED"}[kept]
+        print(f"{name:56} T={num_tokens:<9,} {value:>9} {unit:2} {beside}".rstrip(), flush=True)
+
+    def write_markdown(self) -> None:
+        env = self.environment
+        lines = [
+            f"# The layer on {env['gpu']}",
+            "",
+            f"`python -m benchmarks.layer`, data in `{self.path.name}`. torch {env['torch']}, Triton {env['triton']}, "
+            f"commit {env['commit']}, {env['date']}. hidden {HIDDEN}, {NUM_HEADS} query and {NUM_KV_HEADS} key/value heads of "
+            f"{HIDDEN // NUM_HEADS}, m_cmp/m_slc/topk = 4/8/{TOPK}, the gyroid, bf16 on a GPU. Medians; fwd with autograd on, bwd on a "
+            "kept graph with the gradients of x and of every parameter. MB are 1e6 bytes.",
+            "",
+            "| figure | T | value | bound |",
+            "|---|---|---|---|",
+        ]
+        for row in self.rows:
+            bound = {"": "–", "yes": f"≤ {row['bound']}", "no": f"**≤ {row['bound']}: exceeded**", "failed": "**failed**"}[row["kept"]]
+            lines.append(f"| {row['figure']} | {int(row['T']):,} | {row['value']} {row['unit']} | {bound} |")
+        self.path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def figures_of_partition(figures: Figures, T: int, device: torch.device, dtype: torch.dtype, budget: float) -> None:
+    bounds = {"partition": 2.0, "neighbour table": 3.0}
+    for name, ms in partition_times(Bench(T, device, dtype)).items():
+        figures.add(name, T, ms, "ms", bounds.get(name))
+
+
+def figures_of_layer(figures: Figures, T: int, device: torch.device, dtype: torch.dtype, budget: float) -> None:
+    for shift in (0, 4):
+        bench = Bench(T, device, dtype, window_shift=shift)
+        whole, bare = bench.whole(), bench.operator()
+        for pass_, bound in (("fwd", 4.5), ("bwd", 12.0)):
+            layer_ms, bare_ms = (measure(calls[pass_], device, budget).ms for calls in (whole, bare))
+            figures.add(f"layer {pass_}, window shift {shift}", T, layer_ms, "ms")
+            figures.add(f"operator {pass_}, window shift {shift}", T, bare_ms, "ms")
+            figures.add(f"layer over operator {pass_}, window shift {shift}", T, layer_ms - bare_ms, "ms", bound)
+
+
+def figures_of_compression(figures: Figures, T: int, device: torch.device, dtype: torch.dtype, budget: float) -> None:
+    for name in COMPRESSORS:
+        forward, leaves, existing = Bench(T, device, dtype, compression=name).compression()
+        calls = three_calls(forward, leaves, torch.randn_like(forward()))
+        for pass_, bound in (("fwd", 3.0), ("bwd", 8.0)):
+            figures.add(f"compression of k and v, {name}, {pass_}", T, measure(calls[pass_], device, budget).ms, "ms", bound)
+        figures.add(f"compression of k and v, {name}, saved beyond them", T, saved_bytes(forward, existing) / 1e6, "MB", 100.0)
+
+
+def figures_of_host(figures: Figures, T: int, device: torch.device, dtype: torch.dtype, budget: float) -> None:
+    bench = Bench(T, device, dtype)
+    found = synchronizations(bench)
+    if found == "none":
+        figures.add("host synchronisations, layer fwd + bwd", T, 0, "", 0)
+    else:
+        figures.fail("host synchronisations, layer fwd + bwd", T, found)
+    times = launches(bench)
+    for name, ms in times.items():
+        # launches do not limit a layer whose kernels take longer than the host needs to enqueue them
+        figures.add(f"layer fwd + bwd, {name}", T, ms, "ms", times["CUDA graph"] if name == "host enqueue" else None)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the figures; the exit status is 1 if a bound is exceeded or a host synchronisation found."""
+    """Measure; the exit status is 1 if a bound is exceeded, a host synchronisation found or a part failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__)
     parser.add_argument("--T", type=int, default=131_072)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of repetitions a figure")
+    parser.add_argument("--out", type=Path, help="CSV file (default: benchmarks/results/GPU-DATE-layer.csv)")
     parser.add_argument("--commit", help="name of the code version where git is not at hand")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    print(" ".join(f"{name}={value!r}" for name, value in environment(device, options.commit).items()))
-    print(f"T = {options.T:,}, hidden {HIDDEN}, {NUM_HEADS}/{NUM_KV_HEADS} heads")
+    env = environment(device, options.commit)
+    path = options.out or Path(__file__).parent / "results" / f"{short_name(env['gpu'])}-{env['date']}-layer.csv"
+    print(" ".join(f"{name}={value!r}" for name, value in env.items()))
 
-    kept: list[bool] = []
-
-    def check(name: str, value: float, unit: str, bound: float | None) -> None:
-        kept.append(report(name, value, unit, bound if device.type == "cuda" else None))
-
-    bench = Bench(options.T, device, dtype)
-    for name, ms in partition_times(bench).items():
-        check(name, ms, "ms", {"partition": 2.0, "neighbour table": 3.0}.get(name))
-
-    for shift in (0, 4):
-        bench = Bench(options.T, device, dtype, window_shift=shift)
-        whole, bare = bench.whole(), bench.operator()
-        for pass_, bound in (("fwd", 4.5), ("bwd", 12.0)):
-            layer_ms, bare_ms = (measure(calls[pass_], device, options.budget).ms for calls in (whole, bare))
-            report(f"layer {pass_}, window shift {shift}", layer_ms, "ms")
-            report(f"operator {pass_}, window shift {shift}", bare_ms, "ms")
-            check(f"layer over operator {pass_}, window shift {shift}", layer_ms - bare_ms, "ms", bound)
-        del whole, bare
-
-    forward, leaves, existing = bench.compression()
-    calls = three_calls(forward, leaves, torch.randn_like(forward()))
-    check("compression of k and v fwd", measure(calls["fwd"], device, options.budget).ms, "ms", 3.0)
-    check("compression of k and v bwd", measure(calls["bwd"], device, options.budget).ms, "ms", 8.0)
-    check("compression of k and v, saved beyond them", saved_bytes(forward, existing) / 1e6, "MB", 100.0)
-
+    figures = Figures(path, env, bounded=device.type == "cuda")
+    parts = [(part, options.T) for part in (figures_of_partition, figures_of_layer, figures_of_compression)]
     if device.type == "cuda":
-        for T in (4_096, options.T):
-            small = Bench(T, device, dtype)
-            found = synchronizations(small)
-            print(f"{f'host synchronisations fwd + bwd, T = {T:,}':52} {found}")
-            kept.append(found == "none")
-            for name, ms in launches(small).items():
-                report(f"layer fwd + bwd, {name}, T = {T:,}", ms, "ms")
-    return int(not all(kept))
+        parts += [(figures_of_host, T) for T in sorted({min(SMALL_TOKENS, options.T), options.T})]
+    for part, T in parts:
+        try:
+            part(figures, T, device, dtype, options.budget)
+        except Exception as error:
+            figures.fail(part.__name__.removeprefix("figures_of_"), T, reason_of(error))
+            synchronize(device)  # raises where the error has left the device unusable
+    figures.write_markdown()
+    return int(not figures.good)
 
 
 if __name__ == "__main__":

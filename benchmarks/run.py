@@ -35,7 +35,7 @@ from .cases import (
 )
 from .gate import check_counts, check_dense, check_forward, check_gradients
 from .rows import ResultFile, Row
-from .timing import Calls, Timing, environment, measure, reason_of, synchronize, three_calls
+from .timing import Calls, Timing, environment, measure, reason_of, short_name, synchronize, three_calls
 from .voxels import gyroid
 
 RESULTS = Path(__file__).parent / "results"
@@ -196,11 +196,6 @@ def wanted(case: Case, options: argparse.Namespace) -> bool:
         and case.head_dim in options.head_dim
         and (case.blocks is None or (case.blocks in options.cases and kind in options.voxels))
     )
-
-
-def short_name(gpu: str) -> str:
-    """"NVIDIA H200" → "h200"."""
-    return gpu.lower().removeprefix("nvidia ").replace(" ", "-")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

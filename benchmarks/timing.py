@@ -112,6 +112,11 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def short_name(gpu: str) -> str:
+    """"NVIDIA H200" → "h200"."""
+    return gpu.lower().removeprefix("nvidia ").replace(" ", "-")
+
+
 def environment(device: torch.device, commit: str | None = None) -> dict[str, str]:
     """gpu, torch, triton, commit, date of a run; a commit with a "+" had changes in ssa or benchmarks; "unknown" outside git."""
     try:

@@ -402,10 +402,40 @@ def test_saved_bytes_count_each_storage_once():
     assert layer.saved_bytes(lambda: x * x, ()) == 400
 
 
-def test_layer_benchmark_runs_anywhere(capsys):
-    assert layer.main(["--device", "cpu", "--T", "120", "--budget", "0"]) == 0
-    out = capsys.readouterr().out
-    assert "layer over operator bwd, window shift 4" in out and "saved beyond them" in out
+def test_layer_benchmark_runs_anywhere(tmp_path, capsys):
+    path = tmp_path / "a-layer.csv"
+    assert layer.main(["--device", "cpu", "--T", "120", "--budget", "0", "--commit", "aaaa", "--out", str(path)]) == 0
+    with path.open() as file:
+        found = {row["figure"]: row for row in csv.DictReader(file)}
+    assert len(found) == 3 + 2 * 6 + 3 * 3 and all(float(row["value"]) > 0 or "over" in name for name, row in found.items())
+    assert {(row["T"], row["bound"], row["commit"]) for row in found.values()} == {("120", "", "aaaa")}
+    text, shown = path.with_suffix(".md").read_text(), capsys.readouterr().out
+    assert all(f"| {name} | 120 |" in text and name in shown for name in found)
+
+
+def test_layer_benchmark_says_what_exceeds_and_what_fails(tmp_path):
+    figures = layer.Figures(tmp_path / "a.csv", ENVIRONMENT, bounded=True)
+    figures.add("kept", 5, 2.0, "ms", 2.0)
+    figures.add("free", 5, 9.0, "ms")
+    assert figures.good
+    figures.add("over", 5, 2.1, "ms", 2.0)
+    assert not figures.good
+    figures.rows.pop()
+    figures.fail("part", 5, "out of memory")
+    assert not figures.good
+    figures.write_markdown()
+    text = (tmp_path / "a.md").read_text()
+    assert "| kept | 5 | 2 ms | ≤ 2 |" in text and "| part: out of memory | 5 |   | **failed** |" in text
+    assert [line.split(",")[5] for line in (tmp_path / "a.csv").read_text().splitlines()[1:]] == ["yes", "", "no", "failed"]
+
+
+def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(layer, "partition_times", lambda bench: 1 / 0)
+    monkeypatch.setattr(layer, "figures_of_layer", lambda figures, T, *rest: figures.add("x", T, 1.0, "ms"))
+    monkeypatch.setattr(layer, "COMPRESSORS", ())
+    assert layer.main(["--device", "cpu", "--T", "20", "--out", str(tmp_path / "a.csv")]) == 1
+    with (tmp_path / "a.csv").open() as file:
+        assert [row["kept"] for row in csv.DictReader(file)] == ["failed", ""]
 
 
 @pytest.mark.parametrize("name", tune.KERNELS)

@@ -151,10 +151,13 @@ def save_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
 
 def load_volume(path: str | os.PathLike[str], margin: bool = False) -> Volume:
     """Read a volume (CPU tensors), its margin only if asked for; ValueError names what breaks the schema of the module's docstring."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        return volume_from_bytes(Path(path).read_bytes(), margin)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        with safe_open(path, "pt") as file:
+            return _checked({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}, margin)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: {'not a volume: ' if isinstance(error, SafetensorError) else ''}{error}") from error
 
 
 def volume_from_bytes(data: bytes, margin: bool = False) -> Volume:
@@ -164,9 +167,13 @@ def volume_from_bytes(data: bytes, margin: bool = False) -> Volume:
 
     try:
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     except SafetensorError as error:
         raise ValueError(f"not a volume: {error}") from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    return _checked(tensors, header, margin)
+
+
+def _checked(tensors: Mapping[str, Tensor], header: Mapping[str, str], margin: bool) -> Volume:
     if header.get("format") != _FORMAT or header.get("version") != _VERSION:
         raise ValueError(f"not a volume of version {_VERSION}: {header.get('format')=}, {header.get('version')=}")
     try:
@@ -176,7 +183,7 @@ def volume_from_bytes(data: bytes, margin: bool = False) -> Volume:
     return volume if margin else without_margin(volume)
 
 
-def _decode(tensors: dict[str, np.ndarray], header: dict[str, str]) -> Volume:
+def _decode(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> Volume:
     resolution = int(header["resolution"])
     _check_resolution(resolution)
     cells, n = len(tensors["latents"]), len(tensors["values"])
@@ -195,6 +202,7 @@ def _decode(tensors: dict[str, np.ndarray], header: dict[str, str]) -> Volume:
     if cells and (latents.min() < 0 or latents.max() >= resolution // CELL or not (keys[1:] > keys[:-1]).all()):
         raise ValueError("latents must be unique, lexicographic and in the grid")
     values = np.divide(tensors["values"], np.float32(header["levels"]), dtype=np.float32)
+    negative = tensors["values"] < 0
     coords, inside = np.empty((n, 3), np.int32), np.empty((cells, CELL**3), np.bool_)
     rest = np.unpackbits(tensors["inside"], count=cells * CELL**3 - n).view(np.bool_)
     children = np.stack(np.unravel_index(np.arange(CELL**3), (CELL,) * 3), 1).astype(np.int32)
@@ -203,8 +211,9 @@ def _decode(tensors: dict[str, np.ndarray], header: dict[str, str]) -> Volume:
         last = min(first + _CELLS, cells)
         band = np.unpackbits(tensors["band"][first:last], axis=1).view(np.bool_)
         mine = slice(starts[first], starts[last])
-        coords[mine] = (latents[first:last, None] * CELL + children)[band]
-        inside[first:last][band] = tensors["values"][mine] < 0
+        np.take(children, np.flatnonzero(band) & 511, 0, out=coords[mine], mode="clip")
+        coords[mine] += np.repeat(latents[first:last] * CELL, counts[first:last], 0)
+        inside[first:last][band] = negative[mine]
         inside[first:last][~band] = rest[first * CELL**3 - starts[first] : last * CELL**3 - starts[last]]
     return Volume(
         resolution=resolution, coords=torch.from_numpy(coords), values=torch.from_numpy(values), latents=torch.from_numpy(latents),

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import ssa
 from reference_model.vae_blocks import ReleasedUpBlock, UpBlock, position_code
 from reference_model.vae_encoder import attend, attention_blocks
-from reference_model.vae_grid import build_level, find_latent_neighbors, slots_of_children
+from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 
 if TYPE_CHECKING:
     from reference_model.vae import VAEConfig
@@ -50,11 +50,11 @@ class Decoder(nn.Module):
         if prune is not None and self.occupancy is None:
             raise ValueError("prune needs a model with the occupancy head (VAEConfig.occupancy)")
         neighbors = find_latent_neighbors(latents, grid)
-        level = build_level(latents, neighbors, 1)
+        level = Level.of(latents, neighbors, 1)
         kept: Tensor | None = None  # [L,edge^3] bool of the level, None: all
         logits: dict[int, Tensor] = {}
         for i, (edge, block) in enumerate(zip(EDGES, self.up, strict=True)):
-            finer = build_level(latents, neighbors, edge, None if kept is None else kept.repeat_interleave(8, 1))
+            finer = Level.of(latents, neighbors, edge, None if kept is None else kept.repeat_interleave(8, 1))
             x = self._run(block, x, level, finer)
             if self.occupancy is not None and edge < EDGES[-1]:
                 logit = self.occupancy[i](x).float()[:, 0]
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
                     kept = torch.zeros(len(latents) * edge**3, dtype=torch.bool, device=x.device)
                     kept[slice(None) if finer.places is None else finer.places] = chosen
                     kept = kept.view(len(latents), edge**3)
-                    x, finer = x[chosen], build_level(latents, neighbors, edge, kept)
+                    x, finer = x[chosen], Level.of(latents, neighbors, edge, kept)
             level = finer
         values = self.head(x).float()[:, 0].tanh()
         if level.places is not None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import ssa
 from reference_model.dataset import VolumeBatch
 from reference_model.vae_blocks import AttentionBlock, DownBlock, Lift, position_code
-from reference_model.vae_grid import Level, build_level, find_latent_neighbors, slots_of_children
+from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 from reference_model.volume import CELL, child_index
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class EncoderPlan:
         for edge in EDGES:
             masks[edge] = masks[2 * edge].view(len(latents), edge**3, 8).any(2)
         neighbors = find_latent_neighbors(latents, batch.resolution // CELL)
-        levels = tuple(build_level(latents, neighbors, edge, masks[edge] if edge > 1 else None) for edge in EDGES)
+        levels = tuple(Level.of(latents, neighbors, edge, masks[edge] if edge > 1 else None) for edge in EDGES)
         counts = torch.stack([F.pad(mask.sum(1).cumsum(0), (1, 0)) for mask in masks.values()])
         bounds = counts[:, batch.cu_latents.long()]
         blocks = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +24,21 @@ from reference_model.volume import CELL
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """The active cells of one level, rows by latent, then by slot; built by `build_level`."""
+    """The active cells of one level, rows by latent, then by slot; tables are built when first used."""
 
     edge: int  # cells an axis in a latent: 8, 4, 2 or 1
     latents: Tensor  # [L,4] int32 (sample, x, y, z), lexicographic
-    places: Tensor | None  # [n] int64, latent * edge^3 + slot of each row; None: every cell is active
-    neighbors: Tensor  # [n,27] int32 rows, -1 = none, column (dx+1) + 3(dy+1) + 9(dz+1)
-    cache: dict[str, object] = field(default_factory=dict, repr=False)  # of the convolution backends
+    latent_neighbors: Tensor  # [L,27] int32, as `find_latent_neighbors`
+    places: Tensor | None = None  # [n] int64, latent * edge^3 + slot of each row, ascending; None: every cell is active
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)  # of the convolution backends
+
+    @classmethod
+    def of(cls, latents: Tensor, latent_neighbors: Tensor, edge: int, active: Tensor | None = None) -> Level:
+        """active [L,edge^3] bool by slot, None: all. One host synchronisation where it is given."""
+        return cls(edge, latents, latent_neighbors, None if active is None else active.flatten().nonzero().flatten())
 
     def __len__(self) -> int:
-        return self.neighbors.shape[0]
+        return len(self.latents) * self.edge**3 if self.places is None else len(self.places)
 
     @cached_property
     def coords(self) -> Tensor:
@@ -43,21 +49,42 @@ class Level:
         local = slot_coords(self.edge, cell.device)[places % count].int()
         return torch.cat((cell[:, :1], cell[:, 1:] * self.edge + local), 1)
 
+    @cached_property
+    def neighbors(self) -> Tensor:
+        """[n,27] int32: row of the cell at + (dx, dy, dz), column (dx+1) + 3(dy+1) + 9(dz+1); -1 = none."""
+        which, slot = _beside(self.edge, self.latents.device)
+        if self.places is None:
+            around = self.latent_neighbors[:, which]  # [L,edge^3,27]
+            return torch.where(around >= 0, around * self.edge**3 + slot, -1).view(-1, 27)
+        latent, own = self.places // self.edge**3, self.places % self.edge**3
+        return self._row_at(self.latent_neighbors[latent[:, None], which[own]], slot[own])
 
-def build_level(latents: Tensor, latent_neighbors: Tensor, edge: int, active: Tensor | None = None) -> Level:
-    """Rows and neighbour table of a level: latents [L,4], latent_neighbors [L,27] int32, active [L,edge^3] bool by slot (None: all)."""
-    which, slot = _neighbor_slots(edge, latents.device)
-    around = latent_neighbors[:, which]  # [L,edge^3,27]
-    count = edge**3
-    if active is None:
-        table = torch.where(around >= 0, around * count + slot, -1)
-        return Level(edge, latents, None, table.view(-1, 27))
-    places = active.flatten().nonzero().flatten()
-    row = torch.full(((len(latents) + 1) * count,), -1, dtype=torch.int32, device=latents.device)  # those of a latent that is none: -1
-    row[places] = torch.arange(len(places), dtype=torch.int32, device=latents.device)
-    around = around.view(-1, 27)[places]
-    slot = slot.expand(len(latents), -1, -1).reshape(-1, 27)[places]
-    return Level(edge, latents, places, row[torch.where(around >= 0, around, len(latents)) * count + slot])
+    @cached_property
+    def halo(self) -> Tensor:
+        """[L,(edge+2)^3] int32: rows of the cells in and round each latent, z fastest; -1 = none."""
+        which, slot = _around(self.edge, self.latents.device)
+        return self._row_at(self.latent_neighbors[:, which], slot)
+
+    @cached_property
+    def raster(self) -> Tensor:
+        """[n] int64: latent * edge^3 + (x * edge + y) * edge + z of each row."""
+        count, device = self.edge**3, self.latents.device
+        places = torch.arange(len(self), device=device) if self.places is None else self.places
+        child = slot_coords(self.edge, device) @ torch.tensor([self.edge**2, self.edge, 1], device=device)
+        return places - places % count + child[places % count]
+
+    def _row_at(self, latent: Tensor, slot: Tensor) -> Tensor:
+        """Rows of cells named by latent (int32, -1 = none) and slot (int32)."""
+        place = torch.where(latent >= 0, latent, len(self.latents)) * self.edge**3 + slot
+        return self._row_of_place[place]
+
+    @cached_property
+    def _row_of_place(self) -> Tensor:
+        """[(L+1) edge^3] int32; the latent behind the last holds nothing."""
+        count = self.edge**3
+        row = torch.full(((len(self.latents) + 1) * count,), -1, dtype=torch.int32, device=self.latents.device)
+        row[slice(len(self)) if self.places is None else self.places] = torch.arange(len(self), dtype=torch.int32, device=row.device)
+        return row
 
 
 def find_latent_neighbors(latents: Tensor, grid: int) -> Tensor:
@@ -115,10 +142,18 @@ def _slot_of(xyz: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _neighbor_slots(edge: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[edge^3,27]: column of `find_latent_neighbors` and slot (int32) where the neighbour of a slot lies."""
-    offsets = (lattice(3, device) - 1).flip(1)  # x fastest
-    beside = slot_coords(edge, device)[:, None] + offsets
-    step = torch.div(beside, edge, rounding_mode="floor")
-    which = (step[..., 0] + 1) + 3 * (step[..., 1] + 1) + 9 * (step[..., 2] + 1)
-    return which, _slot_of(beside - step * edge).int()
+def _beside(edge: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[edge^3,27] column of `find_latent_neighbors` and slot (int32) of the neighbours of each slot."""
+    return _locate(slot_coords(edge, device)[:, None] + (lattice(3, device) - 1).flip(1), edge)  # x fastest
+
+
+@lru_cache(maxsize=32)
+def _around(edge: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[(edge+2)^3] the same for the cells in and round a latent."""
+    return _locate(lattice(edge + 2, device) - 1, edge)
+
+
+def _locate(cell: Tensor, edge: int) -> tuple[Tensor, Tensor]:
+    """Cells [...,3] of a latent's frame, -1 to edge → column of `find_latent_neighbors` and slot (int32)."""
+    step = torch.div(cell, edge, rounding_mode="floor")
+    return (step[..., 0] + 1) + 3 * (step[..., 1] + 1) + 9 * (step[..., 2] + 1), _slot_of(cell - step * edge).int()

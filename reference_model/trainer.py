@@ -159,7 +159,7 @@ class Trainer:
                 last = over or state.step == settings.steps
                 saving = last or state.step % settings.save_every == 0
                 if saving or state.step % settings.log_every == 0:
-                    bar.set_postfix_str(self._log(window, terms))
+                    bar.set_postfix_str(self._log(window, terms), refresh=False)
                     window = _Window()
                 if self.validation and (last or state.step % settings.validate_every == 0):
                     self._validate()

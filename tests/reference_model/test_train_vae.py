@@ -1,0 +1,112 @@
+"""Training the VAE from the command line: configurations, data, resumption, weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from reference_model.checkpoint import list_checkpoints, read_header
+from reference_model.cli import parse
+from reference_model.dataset import PreparedVolume
+from reference_model.train_vae import load_data, main, split_prepared
+from reference_model.trainer import TrainSettings
+from reference_model.vae import SparseVAE, VAEConfig
+from reference_model.vae_decode import load_vae, read_card
+
+TINY = ["train=cpu-tiny", "workers=0", "picture=false", "validation=1", "shapes.families=tray+bracket", "shapes.count=1"]
+
+
+def configuration(*overrides: str) -> dict:
+    config, _ = parse("train_vae", ("out",), list(overrides))
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def curve(out: Path) -> list[dict]:
+    return [{name: row[name] for name in ("step", "kind", "in", "ext", "sharp", "kl", "total")} for row in rows(out)]
+
+
+@pytest.mark.parametrize("name", ["cpu-tiny", "gpu-256", "gpu-512", "gpu-1024", "gpu-multi"])
+def test_every_configuration_is_whole(name: str) -> None:
+    for size in ("full", "compact"):
+        config = configuration(f"train={name}", f"vae={size}", "data=mixed")
+        settings = TrainSettings(**config["trainer"] | {"betas": tuple(config["trainer"]["betas"])})
+        assert settings.steps > 0 and config["weights"] == {"prepared": 0.5, "shapes": 0.5}
+        assert config["vae"]["hidden_size"] == {"full": 512, "compact": 128}[size]
+        assert config["resolutions"] and set(config["held_out"]) >= {"sword", "featuretype", "bracket_73416", "spot", "stanford-bunny"}
+
+
+def test_compact_weights_stay_below_8_mb() -> None:
+    with torch.device("meta"):
+        model = SparseVAE(VAEConfig(**configuration("vae=compact")["vae"]))
+    assert 2 * sum(p.numel() for p in model.parameters()) < 7.95e6
+
+
+def test_held_out_meshes_and_their_copies_are_not_trained_on() -> None:
+    def volume(name: str, geometry: str, split: str = "train") -> PreparedVolume:
+        return PreparedVolume(Path(name), name, geometry, split, 256, 1, 1)
+
+    given = [volume("spot", "a", "val"), volume("cow", "a"), volume("b", "b"), volume("c", "c", "val"), volume("d", "d", "test")]
+    train, held = split_prepared(given, ["spot", "sword"])
+    assert [v.name for v in train] == ["b"] and [v.name for v in held] == ["spot", "cow"]
+    train, held = split_prepared(given[2:], ["spot"])
+    assert [v.name for v in train] == ["b"] and [v.name for v in held] == ["c"]
+
+
+def test_one_shape_is_learned_and_its_weights_load(tmp_path) -> None:
+    out = tmp_path / "run"
+    arguments = ["overfit=1", "trainer.steps=20", "trainer.lr=4e-3", "trainer.schedule=constant", "picture=true"]
+    assert main([f"out={out}", *TINY, *arguments]) == 0
+    train = [row for row in rows(out) if row["kind"] == "train"]
+    assert train[-1]["total"] < 0.6 * train[0]["total"]
+    assert len({round(row["tokens/s"] * row["seconds_a_step"]) for row in train}) == 1  # the same volume again and again
+    assert [row["step"] for row in rows(out) if row["kind"] == "validation"] == [10, 20]
+    assert list((out / "pictures").glob("*.png"))
+    card = read_card(out / "weights.safetensors")
+    assert json.loads(card["training"])["overfit"] == 1 and len(card["data_hash"]) == 64 and card["step"] == "20"
+    model = load_vae(out / "weights.safetensors")
+    (path,) = list_checkpoints(out / "checkpoints")[-1:]
+    assert read_header(path)[1]["commit"] == card["commit"] and model.config.hidden_size == 32
+    assert main([f"out={tmp_path / 'more'}", f"init={out / 'weights.safetensors'}", *TINY, "overfit=1", "trainer.steps=1"]) == 0
+    assert rows(tmp_path / "more")[0]["total"] < 1.5 * train[-1]["total"]
+
+
+def test_a_run_goes_on_as_if_never_stopped(tmp_path, capsys) -> None:
+    arguments = [*TINY, "trainer.steps=6", "trainer.save_every=2", f"cache={tmp_path / 'cache'}"]
+    assert main([f"out={tmp_path / 'straight'}", *arguments]) == 0
+    assert main([f"out={tmp_path / 'stopped'}", *arguments]) == 0
+    list_checkpoints(tmp_path / "stopped" / "checkpoints")[-1].unlink()  # as if killed after step 5
+    assert main([f"out={tmp_path / 'stopped'}", *arguments, "workers=1"]) == 0
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "straight") and len(curve(tmp_path / "straight")) == 7
+    assert main([f"out={tmp_path / 'stopped'}", *arguments, "trainer.lr=1"]) == 2
+    assert "another config" in capsys.readouterr().err
+
+
+def test_shapes_and_prepared_volumes_mix(tmp_path) -> None:
+    from reference_model.meshes import save_mesh
+    from reference_model.prepare import main as prepare
+    from reference_model.shapes import make_shape
+
+    for name, seed in (("spot", 1), ("part", 2), ("large", 3)):
+        shape = make_shape("tray", seed)
+        save_mesh(tmp_path / f"{name}.ply", shape.vertices, shape.faces)
+    settings = ["resolution=64", "contact_sheet=0", "val=0", "test=0"]
+    assert prepare([f"meshes={tmp_path}", f"out={tmp_path / 'data' / '64'}", *settings]) == 0
+    config = configuration(*TINY, "data=mixed", "tokens=2000", "symmetries=false")
+    data = load_data(config, {"prepared": str(tmp_path / "data")})
+    assert data.facts["train"] == 2 and data.facts["held_out"] == ["spot"]
+    assert [batch.meta[0]["source"] for batch in data.validation] == ["spot.ply"]
+    seen = {m["source"] for number in range(3) for m in data.stream[number].meta}
+    assert seen <= {"part.ply", "large.ply", "tray_000000", "bracket_000000"} and len(seen) > 2
+    tokens = sorted(v.tokens for v in data.stream.sources[0][0].volumes)
+    limited = load_data({**config, "max_tokens": tokens[0]}, {"prepared": str(tmp_path / "data")})
+    assert limited.facts["train"] == 1 and limited.facts["dropped"] == 1
+    assert limited.stream.data_hash() != data.stream.data_hash() == replace(data.stream, seed=5).data_hash()
+    with pytest.raises(ValueError, match="prepared= must be given"):
+        load_data(config, {})

@@ -2,9 +2,9 @@
 
     y[i] = sum over taps d of x[i + d] W[d] + b,    kernel [27, in, out], tap (dx+1) + 3(dy+1) + 9(dz+1), absent neighbours count as 0
 
-"torch" gathers each latent's cells and the layer round them into a dense tile and convolves the tiles (any device, needs nothing; absent cells
-are 0); "triton" is `ssa.submanifold_conv3d` over the level's neighbour table (NVIDIA GPUs, the default there); "spconv" is the library of that
-name (`sparse_conv_spconv`).
+"torch" gathers each latent's cells and the layer round them into a dense tile and convolves the tiles (any device, needs nothing);
+"triton" is `ssa.submanifold_conv3d` over the level's neighbour table (NVIDIA GPUs, the default there); "spconv" is the library of that name
+(`sparse_conv_spconv`).
 """
 
 import math

@@ -14,6 +14,7 @@ import ssa
 from reference_model.dataset import VolumeBatch
 from reference_model.vae_decoder import HALO, Decoder
 from reference_model.vae_encoder import Encoder, EncoderPlan
+from reference_model.vae_flops import forward_flops
 from reference_model.vae_grid import check_latents, slot_coords
 from reference_model.vae_loss import kl_divergence, make_targets, occupancy_loss, reconstruction_terms
 from reference_model.volume import CELL
@@ -132,6 +133,13 @@ class SparseVAE(nn.Module):
             weights["occupancy"] = c.lambda_occupancy
         terms["total"] = torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
         return terms
+
+    def flops(self, batch: VolumeBatch) -> float:
+        """Floating-point operations of the matrix products of one forward over a whole batch, two a multiply-add; absent neighbours cost none.
+
+        It builds the structure of the batch once more: ask now and then, not every step.
+        """
+        return forward_flops(self, EncoderPlan.build(batch), self.partitions(batch.latents))
 
     def _encode(self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], resolution: int) -> Posterior:
         return Posterior(*self.encoder(plan, partitions, _factor(resolution)))

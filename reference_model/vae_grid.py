@@ -59,6 +59,13 @@ class Level:
         latent, own = self.places // self.edge**3, self.places % self.edge**3
         return self._row_at(self.latent_neighbors[latent[:, None], which[own]], slot[own])
 
+    def count_pairs(self) -> int:
+        """Pairs of a row and a neighbour of it, itself included. One host synchronisation."""
+        if self.places is not None:
+            return int((self.neighbors >= 0).sum())
+        which, _ = _beside(self.edge, self.latents.device)
+        return int((which.flatten().bincount(minlength=27) * (self.latent_neighbors >= 0).sum(0)).sum())
+
     @cached_property
     def halo(self) -> Tensor:
         """[L,(edge+2)^3] int32: rows of the cells in and round each latent, z fastest; -1 = none."""

@@ -142,7 +142,8 @@ def selected_attention(
         return _PLAIN[impl].selected_attention(q, k, v, topk_indices, partition, softmax_scale=scale)
     from .autograd.selected_attention import selected_attention as op
 
-    return op(q, k, v, topk_indices, partition.selection.offsets, scale)[:2]
+    o, lse, *_ = op(q, k, v, topk_indices, partition.selection.offsets, scale)
+    return o, lse.float()
 
 
 def window_attention(
@@ -190,7 +191,8 @@ def varlen_attention(
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, index: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     from .autograd.varlen_attention import varlen_attention as op
 
-    return op(q, k, v, cu_q, cu_k, index, scale)
+    o, lse = op(q, k, v, cu_q, cu_k, index, scale)
+    return o, lse.float()  # float64 behind the door for float32 inputs
 
 
 def _autocast(**tensors: Tensor) -> tuple[Tensor, ...]:

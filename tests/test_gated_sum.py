@@ -7,6 +7,7 @@ from utils import DTYPES, IMPL, assert_close, compare, draw, largest, nan_in_fre
 from ssa import naive
 
 if IMPL == "triton":
+    from ssa.kernels.common import lse_dtype
     from ssa.kernels.gated_sum import gated_sum_backward, gated_sum_forward
 
     def problem(tokens, heads, head_dim, dtype, per_head, gate_dtype=None):
@@ -49,13 +50,14 @@ if IMPL == "triton":
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("per_head", [False, True])
     def test_delta_of_each_branch(per_head, dtype):
-        """delta_b = Σ_d o_b do_b with do_b = g_b do, in fp32."""
+        """delta_b = Σ_d o_b do_b with do_b = g_b do as rounded, in fp32 at least."""
         branches, gates = problem(41, 6, 24, dtype, per_head)
         do = draw(41, 6, 24, dtype=dtype, seed=9)
         with nan_in_fresh_memory():
-            _, deltas, _ = gated_sum_backward(do, branches, gates)
-        for i, (o, delta) in enumerate(zip(branches, deltas, strict=True)):
-            g = gates[..., i] if per_head else gates[:, None, i]
-            want, low = ((g.to(t) * (o.to(t) * do.to(t)).sum(-1)) for t in (torch.float64, torch.float32))
-            assert delta.dtype == torch.float32
+            dos, deltas, _ = gated_sum_backward(do, branches, gates)
+        for i, (o, do_b, delta) in enumerate(zip(branches, dos, deltas, strict=True)):
+            g = gates[..., i, None] if per_head else gates[:, None, i, None]
+            assert torch.equal(do_b, (g.float() * do.float()).to(dtype))
+            want, low = ((o.to(t) * do_b.to(t)).sum(-1) for t in (torch.float64, torch.float32))
+            assert delta.dtype == lse_dtype(do)
             assert_close(delta, want, low, torch.finfo(torch.float32).eps * largest(want), f"delta {i}")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..kernels.common import lse_dtype
 from ..kernels.selected_attention import chunk_queries, invert, selected_attention_backward, selected_attention_forward
 from ..kernels.varlen_attention import attention_delta
 from .common import first_order_only
@@ -33,7 +34,7 @@ def selected_attention(
 @selected_attention.register_fake
 def _(q, k, v, topk_indices, offsets, softmax_scale):
     csr = fake_inverse_map(q, topk_indices, offsets)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32), *csr
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype(q)), *csr
 
 
 @torch.library.custom_op("ssa::selected_attention_backward", mutates_args=())

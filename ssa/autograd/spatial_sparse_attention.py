@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.block_topk import block_topk
+from ..kernels.common import lse_dtype
 from ..kernels.gated_sum import gated_sum_backward, gated_sum_forward
 from ..kernels.selected_attention import invert, selected_attention_backward, selected_attention_forward
 from ..kernels.varlen_attention import varlen_attention_backward, varlen_attention_forward
@@ -41,7 +42,7 @@ def _(
     window_index, topk, softmax_scale,
 ):  # fmt: skip
     outputs = (q.new_empty(q.shape) for _ in range(4))
-    lses = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(3))
+    lses = (q.new_empty(q.shape[:2], dtype=lse_dtype(q)) for _ in range(3))
     ids = q.new_empty((q.shape[0], k.shape[1], topk), dtype=torch.int32)
     return *outputs, *lses, ids, *fake_inverse_map(q, ids, offsets)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..kernels.common import lse_dtype
 from ..kernels.varlen_attention import attention_delta, varlen_attention_backward, varlen_attention_forward
 from .common import first_order_only
 
@@ -17,7 +18,7 @@ def varlen_attention(
 
 @varlen_attention.register_fake
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, index, softmax_scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
 
 
 @torch.library.custom_op("ssa::varlen_attention_backward", mutates_args=())

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import block_d, load_rows, load_tile, precision, tile_map
-from .inner import exp_of, exponent_unit
+from .inner import exp_shared, exponent_unit
 
 SCRATCH = 256 * 2**20
 GROUP = tl.constexpr(16)
@@ -27,19 +27,19 @@ BLOCK_S = tl.constexpr(32)  # scores a thread reads at once
 ROWS = 32  # queries a program of the top-k: one a thread
 
 
-def _config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def _config(head_dim: int, dtype: torch.dtype, group: int) -> dict[str, int]:
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_J=32, num_warps=4, num_stages=1)
+        return dict(BLOCK_M=32, BLOCK_J=32, HEADS=1, SHARE=0, num_warps=4, num_stages=1)
     # H200, 2026-11-22: four programs a multiprocessor instead of three where the accumulators leave the room
     registers = dict(maxnreg=128) if head_dim <= 32 else {}
-    return dict(BLOCK_M=64, BLOCK_J=64, num_warps=4, num_stages=3, **registers)
+    return dict(BLOCK_M=64, BLOCK_J=64, HEADS=2 if group % 2 == 0 else 1, SHARE=4, num_warps=4, num_stages=3, **registers)
 
 
-@triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "num_tokens"])
+@triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_tokens"])
 def _score_kernel(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, best_ptr, cu_blocks_ptr, child_offsets_ptr, fill_order_ptr, tiles_ptr, scale, tile0,
-    num_tiles, chunk_tiles, num_blocks, num_groups, num_tokens, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_blocks_ptr, child_offsets_ptr, fill_order_ptr, tiles_ptr, scale, tile0,
+    num_tiles, chunk_tiles, num_blocks, num_tokens, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, HEADS: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     pid = tl.program_id(0)
@@ -56,35 +56,32 @@ def _score_kernel(
         children = tl.load(child_offsets_ptr + block + 1, mask=real, other=0) - child
         q_ptr += (first.to(tl.int64) * HQ + kv * G) * D
         lse_ptr += (kv * G).to(tl.int64) * num_tokens + first
-        unit, lse_unit = exponent_unit(tl.zeros([1], q_ptr.dtype.element_ty), scale)
+        r = tl.arange(0, HEADS * BLOCK_M)
+        rows_valid = r % BLOCK_M < count
+        row = (r % BLOCK_M * HQ + r // BLOCK_M) * D
+        lse_at = r // BLOCK_M * num_tokens.to(tl.int64) + r % BLOCK_M
         acc = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
+        unit, lse_unit = exponent_unit(tl.zeros([1], q_ptr.dtype.element_ty), scale)
         for slot in range(0, tl.max(children, 0)):
-            has = slot < children
-            k = load_rows(k_ptr, ((child + slot).to(tl.int64) * HKV + kv) * D, has, D, BLOCK_D)
-            p = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
-            lse = tl.load(lse_ptr + m, mask=valid, other=float("inf"))
-            for h in range(G):
-                q = load_rows(q_ptr + h * D, m * (HQ * D), valid, D, BLOCK_D)
-                following = tl.minimum(h + 1, G - 1) * num_tokens.to(tl.int64)  # a head ahead: nothing waits for it
-                next_lse = tl.load(lse_ptr + following + m, mask=valid, other=float("inf"))
-                p += exp_of(q, tl.dot(q, k.T, input_precision=PRECISION) * unit - (lse * lse_unit)[:, None])
-                lse = next_lse
-            acc += tl.where(has[None, :], p, 0.0)  # absent children masked once for all heads
+            # an absent child is one that exists, times 0: its exp is finite
+            at = child + tl.minimum(slot, children - 1)
+            has = (slot < children).to(tl.float32)
+            k = load_rows(k_ptr, (at.to(tl.int64) * HKV + kv) * D, real, D, BLOCK_D)
+            for h in range(0, G, HEADS):
+                q = load_rows(q_ptr + h * D, row, rows_valid, D, BLOCK_D)
+                lse = tl.load(lse_ptr + h * num_tokens.to(tl.int64) + lse_at, mask=rows_valid, other=float("inf"))
+                s = tl.dot(q, k.T, input_precision=PRECISION) * unit - (lse * lse_unit)[:, None]
+                p = tl.reshape(exp_shared(q, s, HEADS * BLOCK_M, BLOCK_J, SHARE), [HEADS, BLOCK_M, BLOCK_J])
+                acc += tl.sum(p, 0) * has[None, :]
         stride = chunk_tiles * BLOCK_M
-        row = local * BLOCK_M + m
-        scores_ptr += (kv * num_blocks).to(tl.int64) * stride
-        tl.store(scores_ptr + (block * stride)[None, :] + row[:, None], acc, mask=real[None, :])
-        groups: tl.constexpr = BLOCK_J // GROUP
-        best = tl.max(tl.reshape(acc, [BLOCK_M, groups, GROUP]), 2)
-        group = column * groups + tl.arange(0, groups)
-        best_ptr += (kv * num_groups).to(tl.int64) * stride
-        tl.store(best_ptr + (group * stride)[None, :] + row[:, None], best, mask=(block0 + group * GROUP < block_end)[None, :])
+        scores_ptr += (kv * num_blocks).to(tl.int64) * stride + local * BLOCK_M
+        tl.store(scores_ptr + (block * stride)[None, :] + m[:, None], acc, mask=real[None, :])
 
 
 @triton.jit
-def _bits(scores_ptr, j, count, stride, ROWS: tl.constexpr):
-    """[BLOCK_S, ROWS] bits of scores j … of each row; −1, below every score, from `count` on and for a NaN."""
-    i = tl.arange(0, BLOCK_S)
+def _bits(scores_ptr, j, count, stride, ROWS: tl.constexpr, N: tl.constexpr = BLOCK_S):
+    """[N, ROWS] bits of scores j … of each row; −1, below every score, from `count` on and for a NaN."""
+    i = tl.arange(0, N)
     p = scores_ptr + stride.to(tl.int64) * j + (i[:, None] * stride + tl.arange(0, ROWS)[None, :])
     s = tl.load(p, mask=i[:, None] < (count - j)[None, :], other=-1.0)
     return tl.where(s >= 0.0, s.to(tl.int32, bitcast=True), -1)
@@ -145,10 +142,10 @@ def _write_ids(
         tl.store(out + i, tl.full([ROWS], -1, tl.int32), mask=(tl.arange(0, ROWS) < rows) & (written <= i))
 
 
-@triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "topk"])
+@triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "listable", "topk"])
 def _topk_kernel(
     scores_ptr, best_ptr, list_ptr, listed_ptr, ids_ptr, cu_blocks_ptr, tiles_ptr, tile0, num_tiles, chunk_tiles, num_blocks, num_groups,
-    topk, HKV: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, LIST: tl.constexpr,
+    listable, topk, HKV: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = BLOCK_M // ROWS
     pid = tl.program_id(0)
@@ -163,28 +160,33 @@ def _topk_kernel(
         column = tl.multiple_of(local * BLOCK_M + part * ROWS, ROWS)
         scores_ptr += (kv * num_blocks + block0).to(tl.int64) * stride + column
         best_ptr += (kv * num_groups).to(tl.int64) * stride + column
-        list_ptr += (kv * LIST).to(tl.int64) * stride + column
-        listed_ptr += (kv * LIST).to(tl.int64) * stride + column
+        list_ptr += (kv * listable).to(tl.int64) * stride + column
+        listed_ptr += (kv * listable).to(tl.int64) * stride + column
         ids_ptr += ((first + part * ROWS).to(tl.int64) * HKV + kv) * topk
-        zero = tl.zeros([ROWS], tl.int32)
-        bound = _kth_best(best_ptr, (count + GROUP - 1) // GROUP, stride, topk, zero, ROWS)
+        lane = tl.arange(0, ROWS)
+        for j in range(0, n, GROUP):
+            best = tl.max(_bits(scores_ptr, j, count, stride, ROWS, GROUP), 0)
+            tl.store(best_ptr + j // GROUP * stride + lane, best.to(tl.float32, bitcast=True))
+        tl.debug_barrier()  # read back by other threads
+        groups = (count + GROUP - 1) // GROUP
+        bound = _kth_best(best_ptr, groups, stride, topk, tl.zeros([ROWS], tl.int32), ROWS)
+        _write_ids(best_ptr, listed_ptr, groups, stride, ids_ptr, rows, 0, topk, bound, HKV, ROWS, False)
+        tl.debug_barrier()
+        i = tl.arange(0, GROUP)[:, None]
         length = tl.zeros([ROWS], tl.int32)
-        for j in range(0, n, BLOCK_S):
-            bits = _bits(scores_ptr, j, count, stride, ROWS)
-            above = (bits >= bound[None, :]).to(tl.int32)
-            place = length[None, :] + tl.cumsum(above, 0) - 1
-            at = place * stride + tl.arange(0, ROWS)[None, :]
-            fits = (above == 1) & (place < LIST)
-            tl.store(list_ptr + at, bits.to(tl.float32, bitcast=True), mask=fits)
-            tl.store(listed_ptr + at, (block0 + j + tl.arange(0, BLOCK_S))[:, None] + tl.zeros([1, ROWS], tl.int32), mask=fits)
+        for slot in range(0, topk):
+            group = tl.load(ids_ptr + lane * (HKV * topk) + slot, mask=lane < rows, other=-1)
+            at = group[None, :] * GROUP + i
+            p = scores_ptr + at.to(tl.int64) * stride + lane[None, :]
+            s = tl.load(p, mask=(group >= 0)[None, :] & (at < count[None, :]), other=-1.0)
+            above = ((s >= 0.0) & (s.to(tl.int32, bitcast=True) >= bound[None, :])).to(tl.int32)
+            place = (length[None, :] + tl.cumsum(above, 0) - 1) * stride + lane[None, :]
+            tl.store(list_ptr + place, s, mask=above == 1)
+            tl.store(listed_ptr + place, block0 + at, mask=above == 1)
             length += tl.sum(above, 0)
-        tl.debug_barrier()  # the list is read back by other threads
-        if tl.max(length, 0) <= LIST:
-            lo = _kth_best(list_ptr, length, stride, topk, bound, ROWS)
-            _write_ids(list_ptr, listed_ptr, length, stride, ids_ptr, rows, block0, topk, lo, HKV, ROWS, True)
-        else:
-            lo = _kth_best(scores_ptr, count, stride, topk, bound, ROWS)
-            _write_ids(scores_ptr, listed_ptr, count, stride, ids_ptr, rows, block0, topk, lo, HKV, ROWS, False)
+        tl.debug_barrier()
+        lo = _kth_best(list_ptr, length, stride, topk, bound, ROWS)
+        _write_ids(list_ptr, listed_ptr, length, stride, ids_ptr, rows, block0, topk, lo, HKV, ROWS, True)
 
 
 def block_topk(
@@ -197,28 +199,28 @@ def block_topk(
     ids = torch.empty(t, hkv, topk, dtype=torch.int32, device=device)
     if t == 0:
         return ids
-    config = dict(config or _config(d, q.dtype))
+    config = dict(config or _config(d, q.dtype, hq // hkv))
     launch = {key: config.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in config}
     block_m = config["BLOCK_M"]
     tiles = tile_map(cu_seqlens, t, block_m)
     num_tiles = tiles.shape[2]
-    lse = lse.t().contiguous()  # [Hq, T]
+    lse = lse.float().t().contiguous()  # [Hq, T]
     columns = triton.cdiv(num_blocks, config["BLOCK_J"])
-    num_groups = columns * (config["BLOCK_J"] // GROUP.value)
-    length = max(32, triton.next_power_of_2(2 * topk))
-    chunk = max(1, min(num_tiles, SCRATCH // (4 * hkv * (num_blocks + num_groups + 2 * length) * block_m)))
+    num_groups = triton.cdiv(num_blocks, GROUP.value)
+    listable = min(topk, num_groups) * GROUP.value
+    chunk = max(1, min(num_tiles, SCRATCH // (4 * hkv * (num_blocks + num_groups + 2 * listable) * block_m)))
     scores, best, listed_scores = (
-        torch.empty(hkv, n, chunk * block_m, dtype=torch.float32, device=device) for n in (num_blocks, num_groups, length)
+        torch.empty(hkv, n, chunk * block_m, dtype=torch.float32, device=device) for n in (num_blocks, num_groups, listable)
     )
-    listed = torch.empty(hkv, length, chunk * block_m, dtype=torch.int32, device=device)
+    listed = torch.empty(hkv, listable, chunk * block_m, dtype=torch.int32, device=device)
     for tile0 in range(0, num_tiles, chunk):
         n = min(chunk, num_tiles - tile0)
         _score_kernel[(n * hkv * columns,)](
-            q, k_cmp, lse, scores, best, cu_blocks, child_offsets, fill_order, tiles, scale, tile0, num_tiles, n,
-            num_blocks, num_groups, t, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q), **config, **launch,
+            q, k_cmp, lse, scores, cu_blocks, child_offsets, fill_order, tiles, scale, tile0, num_tiles, n, num_blocks, t, HQ=hq, HKV=hkv,
+            D=d, BLOCK_D=block_d(d), PRECISION=precision(q), **config, **launch,
         )  # fmt: skip
         _topk_kernel[(n * hkv * (block_m // ROWS),)](
-            scores, best, listed_scores, listed, ids, cu_blocks, tiles, tile0, num_tiles, n, num_blocks, num_groups, topk, HKV=hkv,
-            BLOCK_M=block_m, ROWS=ROWS, LIST=length, num_warps=1,
+            scores, best, listed_scores, listed, ids, cu_blocks, tiles, tile0, num_tiles, n, num_blocks, num_groups, listable, topk,
+            HKV=hkv, BLOCK_M=block_m, ROWS=ROWS, num_warps=1,
         )  # fmt: skip
     return ids

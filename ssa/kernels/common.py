@@ -94,6 +94,12 @@ def precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def lse_dtype(x: Tensor) -> torch.dtype:
+    """Of lse and delta behind the door, whose rounding is an error of a whole row: fp64 beside fp32 where the chip multiplies fp64 fast."""
+    fast = not x.is_cuda or torch.cuda.get_device_capability(x.device) in ((8, 0), (9, 0))
+    return torch.float64 if x.dtype == torch.float32 and fast else torch.float32
+
+
 def block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 

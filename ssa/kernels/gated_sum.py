@@ -1,6 +1,6 @@
 """The gated sum of the three branches and everything its backward can do in one pass.
 
-    o = g0 o_cmp + g1 o_slc + g2 o_win        do_b = g_b do        dg_b = Σ_d do o_b        delta_b = g_b dg_b
+    o = g0 o_cmp + g1 o_slc + g2 o_win        do_b = g_b do        dg_b = Σ_d do o_b        delta_b = Σ_d do_b o_b
 
 o, o_b, do [T,Hq,D]; gates [T,3] or [T,Hq,3], any float type; dgates like gates (summed over heads for [T,3]). Grid: queries.
 delta_b is what the branch's backward subtracts (`attention_delta` of o_b and do_b), so it costs nothing here.
@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_d
+from .common import block_d, lse_dtype
+from .inner import wide
 
 
 @triton.jit
@@ -48,9 +49,12 @@ def _bwd_branch(
     do, o_ptr, do_b_ptr, delta_ptr, gates_ptr, dgates_ptr, t, h, at, mask, branch: tl.constexpr, HQ: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     g = _gate(gates_ptr, t, h, branch, HQ, PER_HEAD)
-    dg = tl.sum(do * tl.load(o_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
-    tl.store(do_b_ptr + at, (g[:, None] * do).to(do_b_ptr.dtype.element_ty), mask=mask)
-    tl.store(delta_ptr + t * HQ + h, g * dg, mask=h < HQ)
+    o = tl.load(o_ptr + at, mask=mask, other=0.0)
+    do_b = (g[:, None] * do).to(o.dtype)
+    o_wide = wide(o, o.to(tl.float32))
+    dg = tl.sum(do * o_wide, 1)
+    tl.store(do_b_ptr + at, do_b, mask=mask)
+    tl.store(delta_ptr + t * HQ + h, tl.sum(do_b.to(tl.float32) * o_wide, 1), mask=h < HQ)  # of do_b as rounded: dp − delta cancels
     if PER_HEAD:
         tl.store(dgates_ptr + (t * HQ + h) * 3 + branch, dg.to(dgates_ptr.dtype.element_ty), mask=h < HQ)
     else:
@@ -80,7 +84,7 @@ def gated_sum_backward(do: Tensor, branches: list[Tensor], gates: Tensor) -> tup
     """do and the three branch outputs → (do_b of each branch, delta_b of each branch, dgates)."""
     t, hq, _ = do.shape
     dos = [torch.empty_like(do) for _ in branches]
-    deltas = [torch.empty(t, hq, dtype=torch.float32, device=do.device) for _ in branches]
+    deltas = [torch.empty(t, hq, dtype=lse_dtype(do), device=do.device) for _ in branches]
     dgates = torch.empty_like(gates)
     if t:
         _bwd_kernel[(t,)](do, *branches, gates, *dos, *deltas, dgates, **_sizes(do, gates))

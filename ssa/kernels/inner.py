@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .common import LN2, LOG2E, LOG2E_LOW, load_rows
 
+ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it leaves the nearest integer in the low bits
 MAX_BOUND = tl.constexpr(50.0)  # in powers of two: scores then span at most 2^±50, far inside the 2^±126 of fp32 and bf16
 
 
@@ -31,12 +32,68 @@ def exp_of(x, s):
     """exp of s, given in natural units where x is fp32 and in powers of two otherwise."""
     if x.dtype == tl.float32:
         # s log2 e in two parts: rounding it once would cost |s| roundings of the result
+        s = s.to(tl.float32)
         high = s * LOG2E
         low = tl.fma(s, LOG2E, -high) + s * LOG2E_LOW
         p = tl.exp2(high)
         p += tl.where(s > -100.0, p * low * LN2, 0.0)
     else:
         p = tl.exp2(s)
+    return p
+
+
+@triton.jit
+def wide(q, x):
+    """x in fp64 where q is fp32: lse and delta, a value a row."""
+    if q.dtype == tl.float32:
+        x = x.to(tl.float64)
+    return x
+
+
+@triton.jit
+def _dp(a, b, delta, PRECISION: tl.constexpr):
+    """a bᵀ with as many digits as delta, which is subtracted from it and nearly cancels."""
+    if delta.dtype == tl.float64:
+        dp = tl.dot(a.to(tl.float64), b.to(tl.float64).T, out_dtype=tl.float64)
+    else:
+        dp = tl.dot(a, b.T, input_precision=PRECISION)
+    return dp
+
+
+@triton.jit
+def _exp2_fma(x):
+    """2^x for x ≤ 126, below 2^-126 no less than that: integer part to the exponent, a polynomial (relative error 2.6e-6) for the rest."""
+    x = tl.maximum(x, -126.0)
+    shifted = x + ROUND
+    f = x - (shifted - ROUND)
+    p = 0.009570080127 * f + 0.055917837456
+    p = p * f + 0.240247450670
+    p = p * f + 0.693121817623
+    p = p * f + 0.999999261472
+    return (p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _exp2_half(x, M: tl.constexpr, N: tl.constexpr):
+    """2^x of x [M, N, 4], every other N by polynomial."""
+    x, y = tl.split(tl.permute(tl.reshape(x, [M, N // 2, 2, 4]), (0, 1, 3, 2)))
+    return tl.reshape(tl.permute(tl.join(tl.exp2(x), _exp2_fma(y)), (0, 1, 3, 2)), [M, N, 4])
+
+
+@triton.jit
+def exp_shared(q, s, M: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr):
+    """`exp_of` of s [M, N], one in SHARE (4, 8; 0: none) by polynomial on the FMA units, since the unit for exp is the bottleneck.
+
+    Columns 16 a + 8 b + 2 c + d split by b and d, and by a: the accumulator of a matrix product keeps these in one thread, so nothing moves.
+    """
+    if SHARE == 0 or q.dtype == tl.float32:
+        p = exp_of(q, s)
+    else:
+        x, y = tl.split(tl.permute(tl.reshape(s, [M, N // 16, 2, 4, 2]), (0, 1, 3, 2, 4)))
+        y, z = tl.split(y)
+        z = _exp2_fma(z) if SHARE == 4 else _exp2_half(z, M, N // 16)
+        y = tl.join(tl.exp2(y), z)
+        p = tl.reshape(tl.permute(tl.join(tl.exp2(x), y), (0, 1, 3, 2, 4)), [M, N])
     return p
 
 
@@ -75,7 +132,8 @@ def _keys(
 @triton.jit
 def _forward_loop(
     acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
+    SHARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in range(lo, hi, BLOCK_N):
         k, v, valid = _keys(k_ptr, v_ptr, index_ptr, kv, start, hi, HKV, D, BLOCK_D, BLOCK_N, GATHER, MASKED)
@@ -83,7 +141,7 @@ def _forward_loop(
         if MASKED:
             s = tl.where(valid[None, :], s, -float("inf"))
         if BOUNDED:
-            p = exp_of(q, s * unit - m_i[:, None])
+            p = exp_shared(q, s * unit - m_i[:, None], BLOCK_M, BLOCK_N, 0 if MASKED else SHARE)
             l_i += tl.sum(p, 1)
         else:
             m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
@@ -99,24 +157,28 @@ def _forward_loop(
 @triton.jit
 def _forward_keys(
     q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, SHARE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All keys lo … hi: full tiles without a mask, then the last one."""
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     full = lo + (hi - lo) // BLOCK_N * BLOCK_N
     acc, m_i, l_i = _forward_loop(
-        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, full, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, BOUNDED, PRECISION
+        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, full, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, BOUNDED,
+        SHARE, PRECISION,
     )
     return _forward_loop(
-        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, full, hi, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, BOUNDED, PRECISION
+        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, full, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, True, BOUNDED,
+        SHARE, PRECISION,
     )
 
 
 @triton.jit
 def forward_rows(
     q, k_norm, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, SHARE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o [BLOCK_M, BLOCK_D] and lse [BLOCK_M] (natural log) of rows over keys lo … hi; no keys at all give 0 and −inf.
 
@@ -130,20 +192,20 @@ def forward_rows(
         bound = tl.sqrt(tl.sum(q32 * q32, 1)) * k_norm * unit
         if tl.max(bound, 0) <= MAX_BOUND:  # false for NaN
             acc, m_i, l_i = _forward_keys(
-                q, bound, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, True, PRECISION
+                q, bound, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, True, SHARE, PRECISION
             )
         else:
             acc, m_i, l_i = _forward_keys(
-                q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
+                q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, SHARE, PRECISION
             )
     else:
         acc, m_i, l_i = _forward_keys(
-            q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
+            q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, SHARE, PRECISION
         )
     empty = l_i == 0.0
     l_i = tl.where(empty, 1.0, l_i)
     o = acc * tl.div_rn(1.0, l_i)[:, None]  # one exact division a row; `/` is approximate on a GPU
-    return o, tl.where(empty, -float("inf"), m_i / lse_unit + tl.log(l_i))
+    return o, tl.where(empty, -float("inf"), wide(q, m_i) / lse_unit + tl.log(wide(q, l_i)))
 
 
 @triton.jit
@@ -153,10 +215,10 @@ def _dq_loop(
 ):  # fmt: skip
     for start in range(lo, hi, BLOCK_N):
         k, v, valid = _keys(k_ptr, v_ptr, index_ptr, kv, start, hi, HKV, D, BLOCK_D, BLOCK_N, GATHER, MASKED)
-        p = exp_of(q, tl.dot(q, k.T, input_precision=PRECISION) * unit - lse[:, None])
+        p = exp_of(q, tl.dot(q, k.T, input_precision=PRECISION).to(lse.dtype) * unit - lse[:, None])
         if MASKED:
             p = tl.where(valid[None, :], p, 0.0)
-        ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+        ds = p * (_dp(do, v, delta, PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -212,9 +274,9 @@ def _dkv_loop(
             s = tl.dot(q, k.T, input_precision=PRECISION).T  # the forward's own product: a large score must round alike
         else:
             s = tl.dot(k, q.T, input_precision=PRECISION)
-        p = exp_of(k, s * unit - (lse * lse_unit)[None, :])  # [BLOCK_N, BLOCK_M]
+        p = exp_of(k, s.to(lse.dtype) * unit - (lse * lse_unit)[None, :])  # [BLOCK_N, BLOCK_M]
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - delta[None, :])
+        ds = p * (_dp(v, do, delta, PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 

@@ -10,7 +10,7 @@ forward   o_e, lse_e of one block a row   →  combine: lse = log Σ_e exp(lse_e
 backward  dq_e a row → summed over slots; dk, dv: the kernel of varlen_attention.py, a segment being a block and its bucket
 Partial results live for one chunk of queries at a time (at most SCRATCH bytes): `chunks` [2, chunks · Hkv · S + 1] holds, chunk after
 chunk, the running size of its share of every bucket and where the share begins. No atomics: two runs are bitwise equal.
-q, o [T,Hq,D]; k, v [T,Hkv,D]; topk_indices [T,Hkv,topk] int32; offsets [S+1] int32; lse, delta [T,Hq] fp32.
+q, o [T,Hq,D]; k, v [T,Hkv,D]; topk_indices [T,Hkv,topk] int32; offsets [S+1] int32; lse, delta [T,Hq] (`lse_dtype`).
 Source: arXiv 2505.17412, Algorithm 1, inverted; inverse map as in fla-org/flash-linear-attention.
 """
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_d, load_rows, load_tile, precision, store_rows, tile_map
+from .common import block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_map
 from .inner import dq_keys, forward_rows, packed_rows
 from .varlen_attention import largest_norm, launch_dkv
 
@@ -79,7 +79,7 @@ def _fwd_kernel(
         if BOUNDED:
             k_norm = tl.load(k_norm_ptr + kv)
         o, lse = forward_rows(
-            q, k_norm, k_ptr, v_ptr, None, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, BOUNDED, PRECISION
+            q, k_norm, k_ptr, v_ptr, None, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, BOUNDED, 0, PRECISION
         )
         out = _partial_rows(entries_ptr, first, valid, entry0, G, BLOCK_M)
         store_rows(part_ptr, out * D, o, valid, D, BLOCK_D)
@@ -101,23 +101,23 @@ def _combine_kernel(
     local = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (query, head) of the chunk
     valid = local < num_rows
     pair = local // G  # (query, kv head)
-    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    m_i = tl.full([BLOCK_M], -float("inf"), part_lse_ptr.dtype.element_ty)
     for slot in range(topk):
         chosen = tl.load(ids_ptr + (row0 // G + pair) * topk + slot, mask=valid, other=-1) >= 0
         lse = tl.load(part_lse_ptr + (pair * topk + slot) * G + local % G, mask=chosen, other=-float("inf"))
         m_i = tl.maximum(m_i, lse)
     base = tl.where(m_i == -float("inf"), 0.0, m_i)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
+    l_i = tl.zeros([BLOCK_M], part_lse_ptr.dtype.element_ty)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for slot in range(topk):
         chosen = tl.load(ids_ptr + (row0 // G + pair) * topk + slot, mask=valid, other=-1) >= 0
         entry = (pair * topk + slot) * G + local % G
         w = tl.exp(tl.load(part_lse_ptr + entry, mask=chosen, other=-float("inf")) - base)
         l_i += w
-        acc += w[:, None] * load_rows(part_ptr, entry * D, chosen, D, BLOCK_D).to(tl.float32)
+        acc += w.to(tl.float32)[:, None] * load_rows(part_ptr, entry * D, chosen, D, BLOCK_D).to(tl.float32)
     empty = l_i == 0.0  # nothing chosen: o = 0, lse = −inf
     l_i = tl.where(empty, 1.0, l_i)
-    store_rows(o_ptr, (row0 + local) * D, acc * tl.div_rn(1.0, l_i)[:, None], valid, D, BLOCK_D)
+    store_rows(o_ptr, (row0 + local) * D, acc * tl.div_rn(1.0, l_i.to(tl.float32))[:, None], valid, D, BLOCK_D)
     tl.store(lse_ptr + row0 + local, tl.where(empty, -float("inf"), m_i + tl.log(l_i)), mask=valid)
 
 
@@ -161,10 +161,10 @@ def selected_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, csr_indices: Tensor, chunks: Tensor, chunk: int,
     scale: float, config: dict | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Contiguous q, k, v and `invert(topk_indices, S, chunk)` → o like q, lse [T,Hq] fp32."""
+    """Contiguous q, k, v and `invert(topk_indices, S, chunk)` → o like q, lse [T,Hq]."""
     (t, hq, d), hkv, topk, num_blocks = q.shape, k.shape[1], topk_indices.shape[2], offsets.shape[0] - 1
     o = torch.empty_like(q)
-    lse = torch.empty(t, hq, dtype=torch.float32, device=q.device)
+    lse = torch.empty(t, hq, dtype=lse_dtype(q), device=q.device)
     if t == 0:
         return o, lse
     config = config or _config("fwd", d, q.dtype)
@@ -172,7 +172,7 @@ def selected_attention_forward(
     k_norm = largest_norm(k)
     tiles = tile_map(chunks[0], min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, triton.cdiv(t, chunk), chunks[1])
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
-    part_lse = torch.empty(min(chunk, t) * hq * topk, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(min(chunk, t) * hq * topk, dtype=lse.dtype, device=q.device)
     for c, tiles_c in enumerate(tiles):
         n = min(chunk, t - c * chunk)
         _fwd_kernel[(tiles.shape[2],)](

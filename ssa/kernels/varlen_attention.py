@@ -3,7 +3,7 @@
     s = scale q kᵀ     lse = log Σ exp(s)     p = exp(s − lse)     o = p v
     dv = pᵀ do         ds = p (do vᵀ − delta) with delta = do·o − dlse     dq = scale ds k     dk = scale dsᵀ q
 
-q, o, do, dq [T,Hq,D]; k, v, dk, dv [N,Hkv,D]; lse, delta [T,Hq] fp32; cu_q, cu_k [n+1] int32; index [T] int32 or none: rows of both
+q, o, do, dq [T,Hq,D]; k, v, dk, dv [N,Hkv,D]; lse, delta [T,Hq], fp64 where q is fp32, else fp32; cu_q, cu_k [n+1] int32; index [T] int32 or none: rows of both
 sides in segment order (windows that are not contiguous). Rows are (query, head) pairs, see common.py. Grid: (tiles · Hkv).
 The loops over keys and over queries are in inner.py.
 The backward makes seven products in two kernels instead of five in one: no atomics, so two runs are bitwise equal.
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_d, load_rows, load_tile, precision, store_rows, tile_map
-from .inner import dkv_rows, dq_keys, forward_rows, packed_rows
+from .common import block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_map
+from .inner import dkv_rows, dq_keys, forward_rows, packed_rows, wide
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[str, int]:
@@ -24,16 +24,17 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[
 
     Beyond a head size of 64 what fits the 99 KiB of sm_89, not tuned.
     """
+    share = dict(SHARE=0) if kernel == "fwd" else {}
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
+        return dict(BLOCK_M=32, BLOCK_N=32, **share, num_warps=4, num_stages=1)
     if head_dim > 64:
-        return dict(BLOCK_M=64, BLOCK_N=32 if kernel != "dkv" else 64, num_warps=4, num_stages=2)
+        return dict(BLOCK_M=64, BLOCK_N=32 if kernel != "dkv" else 64, **share, num_warps=4, num_stages=2)
     if not long:
         wide = dict(BLOCK_M=128, BLOCK_N=64 if kernel == "dkv" else 32)
-        return dict(**wide, num_warps=4, num_stages=2)
+        return dict(**wide, **share, num_warps=4, num_stages=2)
     small = head_dim <= 32
     if kernel == "fwd":
-        return dict(BLOCK_M=64 if small else 128, BLOCK_N=64, num_warps=4 if small else 8, num_stages=3)
+        return dict(BLOCK_M=64 if small else 128, BLOCK_N=64, SHARE=4, num_warps=4 if small else 8, num_stages=3)
     if kernel == "dq":
         return dict(BLOCK_M=64 if small else 128, BLOCK_N=64, num_warps=4, num_stages=3)
     return dict(BLOCK_M=32, BLOCK_N=128, num_warps=4, num_stages=3)
@@ -43,7 +44,7 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_k_ptr, index_ptr, k_norm_ptr, tiles_ptr, num_tiles, scale, HQ: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr,
-    BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    BOUNDED: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv = tl.program_id(0) // HKV, tl.program_id(0) % HKV
     segment, first, count = load_tile(tiles_ptr, tile, num_tiles)
@@ -55,7 +56,7 @@ def _fwd_kernel(
         if BOUNDED:
             k_norm = tl.load(k_norm_ptr + kv)
         o, lse = forward_rows(
-            q, k_norm, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, BOUNDED, PRECISION
+            q, k_norm, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, BOUNDED, SHARE, PRECISION
         )
         store_rows(o_ptr, head * D, o, valid, D, BLOCK_D)
         tl.store(lse_ptr + head, lse, mask=valid)
@@ -120,14 +121,13 @@ def _delta_kernel(o_ptr, do_ptr, dlse_ptr, delta_ptr, num_rows, D: tl.constexpr,
     valid = row < num_rows
     o = load_rows(o_ptr, row * D, valid, D, BLOCK_D)
     do = load_rows(do_ptr, row * D, valid, D, BLOCK_D)
-    wide = tl.float64 if o.dtype == tl.float32 else tl.float32  # dp − delta cancels: delta should not add to its rounding
-    delta = tl.sum(o.to(wide) * do.to(wide), 1) - tl.load(dlse_ptr + row, mask=valid, other=0.0)
-    tl.store(delta_ptr + row, delta.to(tl.float32), mask=valid)
+    delta = tl.sum(wide(o, o.to(tl.float32)) * wide(o, do.to(tl.float32)), 1) - tl.load(dlse_ptr + row, mask=valid, other=0.0)
+    tl.store(delta_ptr + row, delta, mask=valid)
 
 
 def attention_delta(o: Tensor, do: Tensor, dlse: Tensor) -> Tensor:
     """delta [T,Hq] = Σ_d do o − dlse, what the backward kernels subtract from dp."""
-    delta = torch.empty(o.shape[:2], dtype=torch.float32, device=o.device)
+    delta = torch.empty(o.shape[:2], dtype=lse_dtype(o), device=o.device)
     if delta.numel():
         d = o.shape[2]
         grid = (triton.cdiv(delta.numel(), 64),)
@@ -138,9 +138,9 @@ def attention_delta(o: Tensor, do: Tensor, dlse: Tensor) -> Tensor:
 def varlen_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, index: Tensor | None, scale: float, config: dict | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Contiguous q, k, v → o like q, lse [T,Hq] fp32."""
+    """Contiguous q, k, v → o like q, lse [T,Hq] (`lse_dtype`)."""
     o = torch.empty_like(q)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=lse_dtype(q), device=q.device)
     long = _long(k, cu_k)
     config = config or _config("fwd", q.shape[2], q.dtype, long)
     if q.shape[0]:

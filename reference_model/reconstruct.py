@@ -1,6 +1,7 @@
-"""The round trip of one file: `python -m reference_model.reconstruct in=MESH out=MESH resolution=256 network=none`.
+"""One file there and back: `python -m reference_model.reconstruct in=MESH out=MESH resolution=256 network=none|default|PATH`.
 
-mesh → unit cube → volume → marching cubes → frame and units of the file. Without a network it shows what the grid can hold.
+mesh → unit cube → volume (→ latents → volume, with a network) → marching cubes at 0 → frame and units of the file. Without a network it
+shows what the grid can hold. With one, latents are the mean of the posterior: the same file gives the same mesh.
 """
 
 import sys
@@ -9,18 +10,25 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from reference_model.cli import parse
+from reference_model.dataset import collate_volumes
 from reference_model.extract import ExtractionReport, extract_mesh
 from reference_model.meshes import MeshError, load_mesh, normalize, save_mesh
 from reference_model.sdf import mesh_to_volume
 from reference_model.symmetry import symmetries
+from reference_model.vae import SparseVAE
+from reference_model.vae_decode import DEFAULT_WEIGHTS, decode_volume, load_vae
 from reference_model.volume import Volume
 
 
-def volume_to_mesh(volume: Volume) -> tuple[np.ndarray, np.ndarray, ExtractionReport]:
-    """Surface of a volume in the z-up frame and units of its source: vertices [V,3] float64, faces [F,3] int64, and the report."""
-    vertices, faces, report = extract_mesh(volume.coords, volume.values, volume.resolution, volume.inside)
+def volume_to_mesh(volume: Volume, network: SparseVAE | None = None) -> tuple[np.ndarray, np.ndarray, ExtractionReport]:
+    """Surface of a volume, or of what a network makes of it, in the z-up frame and units of its source.
+
+    Returns vertices [V,3] float64, faces [F,3] int64 and the report.
+    """
+    vertices, faces, report = unit_mesh(volume, network)
     motion = symmetries()[int(volume.meta.get("symmetry", 0))].double()
     if torch.det(motion) < 0:
         faces = faces.flip(1)
@@ -28,11 +36,40 @@ def volume_to_mesh(volume: Volume) -> tuple[np.ndarray, np.ndarray, ExtractionRe
     return ((unit - torch.tensor(volume.offset).double()) / volume.scale).numpy(), faces.cpu().numpy(), report
 
 
+def unit_mesh(volume: Volume, network: SparseVAE | None = None) -> tuple[Tensor, Tensor, ExtractionReport]:
+    """As `extract_mesh`, in the unit cube; with a network from its decoded values at all children of the volume's latents."""
+    if network is None:
+        return extract_mesh(volume.coords, volume.values, volume.resolution, volume.inside)
+    return extract_mesh(*rebuild(volume, network))
+
+
+@torch.no_grad()
+def rebuild(volume: Volume, network: SparseVAE) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    """volume → mean of the posterior → (coords, values, resolution, inside) of every child, on the network's device."""
+    device = next(network.parameters()).device
+    batch = collate_volumes([volume]).to(device)
+    coords, values, inside = decode_volume(network, network.encode(batch).mean, batch.latents[:, 1:], volume.resolution)
+    return coords, values, volume.resolution, inside
+
+
+def load_network(name: str, device: str | None) -> SparseVAE | None:
+    """"none", "default" (the weights in the package) or a path; device None: the GPU where there is one. ValueError for other files."""
+    if name == "none":
+        return None
+    path = DEFAULT_WEIGHTS if name == "default" else name
+    try:
+        return load_vae(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except OSError as error:
+        raise ValueError(f"no weights at {path}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 where the mesh cannot be used, 2 for a mistake on the command line."""
-    config, paths = parse("reconstruct", ("in", "out"), argv, required=("in", "out"))
-    if config.network != "none":
-        print(f"error: network must be none, got {config.network}", file=sys.stderr)
+    config, paths = parse("reconstruct", ("in", "out", "network"), argv, required=("in", "out"))
+    try:
+        network = load_network(paths.get("network", "none"), config.device)
+    except ValueError as error:
+        print(f"error: network: {error}", file=sys.stderr)
         return 2
     begin = time.perf_counter()
     try:
@@ -43,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             scale=scale, offset=offset, y_up=mesh.y_up, meta={"source": mesh.name},
         )  # fmt: skip
         built = time.perf_counter()
-        vertices, faces, report = volume_to_mesh(volume)
+        vertices, faces, report = volume_to_mesh(volume, network)
         if len(faces) == 0:
             raise MeshError(f"no surface left at {config.resolution=}")
         extracted = time.perf_counter()

@@ -135,7 +135,7 @@ class SparseVAE(nn.Module):
         return terms
 
     def flops(self, batch: VolumeBatch) -> float:
-        """Floating-point operations of the matrix products of one forward over a whole batch, two a multiply-add; absent neighbours cost none.
+        """Operations of the matrix products of one uncropped forward, two a multiply-add; absent neighbours cost none.
 
         It builds the structure of the batch once more: ask now and then, not every step.
         """

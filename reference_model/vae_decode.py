@@ -20,6 +20,7 @@ from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_decoder import HALO
 from reference_model.volume import CELL
 
+DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "vae_compact.safetensors"
 _FORMAT = "ssa-vae"
 
 

@@ -8,7 +8,6 @@ is recorded and the others go on. The bounds shown on a GPU are those for T = 13
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Callable
@@ -19,14 +18,14 @@ from torch import Tensor
 
 import ssa
 
-from .timing import Call, environment, event_times, measure, reason_of, short_name, synchronize, three_calls, wall_times
+from .figures import Figures, default_path
+from .timing import Call, environment, event_times, measure, reason_of, synchronize, three_calls, wall_times
 from .voxels import gyroid
 
 HIDDEN, NUM_HEADS, NUM_KV_HEADS, TOPK = 1024, 32, 2, 8
 COMPRESSORS = ("conv_mean", "direct3d_s2_v1", "direct3d_s2_v2")
 SMALL_TOKENS = 4_096  # where launches cost more than kernels
 REPEATS = 20
-COLUMNS = "figure T value unit bound kept gpu torch triton commit date".split()
 
 
 class Bench:
@@ -169,58 +168,6 @@ def launches(bench: Bench) -> dict[str, float]:
     return {"host enqueue": float(host), "eager": float(eager), "CUDA graph": float(replay)}
 
 
-class Figures:
-    """Figures as they come: on the screen, as lines of a CSV file with `COLUMNS`, at the end as Markdown beside it."""
-
-    def __init__(self, path: Path, environment: dict[str, str], bounded: bool):
-        self.path, self.environment, self.bounded = path, environment, bounded
-        self.rows: list[dict[str, str]] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writeheader()
-
-    @property
-    def good(self) -> bool:
-        """Whether every bound is kept and nothing failed."""
-        return all(row["kept"] in ("", "yes") for row in self.rows)
-
-    def add(self, name: str, num_tokens: int, value: float, unit: str, bound: float | None = None) -> None:
-        """A figure and, on a GPU, the most it may be."""
-        bound = bound if self.bounded else None
-        kept = "" if bound is None else "yes" if value <= bound else "no"
-        self._row(name, num_tokens, f"{value:.4g}", unit, "" if bound is None else f"{bound:.4g}", kept)
-
-    def fail(self, name: str, num_tokens: int, reason: str) -> None:
-        """A part that gave no figure, and why."""
-        self._row(f"{name}: {reason}", num_tokens, "", "", "", "failed")
-
-    def _row(self, name: str, num_tokens: int, value: str, unit: str, bound: str, kept: str) -> None:
-        row = dict(figure=name, T=str(num_tokens), value=value, unit=unit, bound=bound, kept=kept) | self.environment
-        self.rows.append(row)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
-        beside = {"": "", "yes": f"(bound {bound})", "no": f"(bound {bound}, EXCEEDED)", "failed": "FAILED"}[kept]
-        print(f"{name:56} T={num_tokens:<9,} {value:>9} {unit:2} {beside}".rstrip(), flush=True)
-
-    def write_markdown(self) -> None:
-        env = self.environment
-        lines = [
-            f"# The layer on {env['gpu']}",
-            "",
-            f"`python -m benchmarks.layer`, data in `{self.path.name}`. torch {env['torch']}, Triton {env['triton']}, "
-            f"commit {env['commit']}, {env['date']}. hidden {HIDDEN}, {NUM_HEADS} query and {NUM_KV_HEADS} key/value heads of "
-            f"{HIDDEN // NUM_HEADS}, m_cmp/m_slc/topk = 4/8/{TOPK}, the gyroid, bf16 on a GPU. Medians; fwd with autograd on, bwd on a "
-            "kept graph with the gradients of x and of every parameter. MB are 1e6 bytes.",
-            "",
-            "| figure | T | value | bound |",
-            "|---|---|---|---|",
-        ]
-        for row in self.rows:
-            bound = {"": "–", "yes": f"≤ {row['bound']}", "no": f"**≤ {row['bound']}: exceeded**", "failed": "**failed**"}[row["kept"]]
-            lines.append(f"| {row['figure']} | {int(row['T']):,} | {row['value']} {row['unit']} | {bound} |")
-        self.path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-
-
 def figures_of_partition(figures: Figures, T: int, device: torch.device, dtype: torch.dtype, budget: float) -> None:
     bounds = {"partition": 2.0, "neighbour table": 3.0}
     for name, ms in partition_times(Bench(T, device, dtype)).items():
@@ -272,10 +219,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     env = environment(device, options.commit)
-    path = options.out or Path(__file__).parent / "results" / f"{short_name(env['gpu'])}-{env['date']}-layer.csv"
     print(" ".join(f"{name}={value!r}" for name, value in env.items()))
 
-    figures = Figures(path, env, bounded=device.type == "cuda")
+    figures = Figures(options.out or default_path(env, "layer"), env, bounded=device.type == "cuda")
     parts = [(part, options.T) for part in (figures_of_partition, figures_of_layer, figures_of_compression)]
     if device.type == "cuda":
         parts += [(figures_of_host, T) for T in sorted({min(SMALL_TOKENS, options.T), options.T})]
@@ -285,7 +231,13 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             figures.fail(part.__name__.removeprefix("figures_of_"), T, reason_of(error))
             synchronize(device)  # raises where the error has left the device unusable
-    figures.write_markdown()
+    figures.write_markdown(
+        "The layer",
+        "python -m benchmarks.layer",
+        f"hidden {HIDDEN}, {NUM_HEADS} query and {NUM_KV_HEADS} key/value heads of {HIDDEN // NUM_HEADS}, m_cmp/m_slc/topk = 4/8/{TOPK}, "
+        "the gyroid, bf16 on a GPU. Medians; fwd with autograd on, bwd on a kept graph with the gradients of x and of every parameter. "
+        "MB are 1e6 bytes.",
+    )
     return int(not figures.good)
 
 

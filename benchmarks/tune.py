@@ -1,7 +1,8 @@
 """Search launch settings of one kernel on this GPU: `python -m benchmarks.tune slc.dq --head-dim 64`.
 
-One number at a time is halved or doubled from the setting in `_config`, and kept where the branch got faster by over 1 %, until nothing
-helps. A setting that fails or changes the result beyond rounding is shown and never kept. What comes out is copied into `_config` by hand.
+One number at a time takes the next value below or above (`TILES`, `VALUES`), from the setting in `_config` on, and is kept where the branch
+got faster by over 1 %, until nothing helps. A setting that fails or changes the result beyond rounding is shown and never kept. What comes
+out is copied into `_config` by hand.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ from .voxels import gyroid
 
 Setting = dict[str, int]
 GAIN = 0.99
-BOUNDS = {"num_warps": (1, 16), "num_stages": (1, 5), "SLOTS": (1, 8)}  # of tile sizes: 16 to 256
+TILES = (16, 32, 64, 128, 256)
+VALUES = {  # of every number that is no tile size
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": (1, 2, 3, 4, 5),
+    "maxnreg": (64, 80, 96, 128, 168, 208, 255),
+    "HEADS": (1, 2, 4, 8),
+    "SHARE": (0, 4, 8),
+}
 KERNELS = {  # name → (module of ssa.kernels, name the module gives to `_config` or None, branch, pass)
     "cmp.fwd": ("varlen_attention", "fwd", "cmp", "fwd"),
     "cmp.dq": ("varlen_attention", "dq", "cmp", "bwd"),
@@ -39,12 +47,11 @@ KERNELS = {  # name → (module of ssa.kernels, name the module gives to `_confi
 
 
 def neighbours(setting: Setting) -> Iterator[Setting]:
-    """Every setting one step away: a tile size or num_warps halved or doubled, num_stages one less or more."""
+    """Every setting one step away: one number at its next value below or above."""
     for name, value in setting.items():
-        low, high = BOUNDS.get(name, (16, 256))
-        for other in (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2):
-            if low <= other <= high:
-                yield setting | {name: other}
+        values = TILES if name.startswith("BLOCK_") else VALUES[name]
+        for other in [*[x for x in values if x < value][-1:], *[x for x in values if x > value][:1]]:
+            yield setting | {name: other}
 
 
 def override(module: ModuleType, kernel: str | None, setting: Setting) -> AbstractContextManager:
@@ -122,11 +129,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=lambda text: tuple(map(int, text.split("/"))), default=(4, 8, 8), metavar="M_CMP/M_SLC/TOPK")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
     parser.add_argument("--budget", type=float, default=0.3, help="seconds of repetitions a setting")
+    parser.add_argument("--commit", help="name of the code version where git is not at hand")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("tuning needs a GPU")
     device = torch.device("cuda")
-    print(" ".join(f"{name}={value!r}" for name, value in environment(device).items()))
+    print(" ".join(f"{name}={value!r}" for name, value in environment(device, options.commit).items()))
     inputs = make_inputs(gyroid(options.T), options.head_dim, options.cases, device=device, dtype=options.dtype)
     topk_indices = inputs.choose()
     for name in options.kernels:

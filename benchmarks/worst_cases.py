@@ -1,7 +1,8 @@
 """Time per useful pair where the input is against the kernels: `python -m benchmarks.worst_cases`.
 
 The cost of a case is its time over its pairs (`cases.Pairs`), forward and backward; beside it, that cost over the random case's. Every
-case passes the forward gate first. D = 32, (m_cmp, m_slc, topk) = (4, 8, 8), bf16 on a GPU.
+case passes the forward gate first. D = 32, (m_cmp, m_slc, topk) = (4, 8, 8), bf16 on a GPU. Figures go to
+results/GPU-DATE-worst-cases.csv and .md as they are measured; bounds are looked at on a GPU only.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .cases import Inputs, count_pairs, make_inputs
+from .figures import Figures, default_path
 from .gate import check_forward
 from .timing import environment, measure, reason_of, synchronize, three_calls
 from .voxels import gyroid, scattered, solid_box, stack_samples
@@ -62,40 +65,58 @@ def heat_block(inputs: Inputs) -> Inputs:
     return replace(inputs, q=q.requires_grad_(), k_cmp=k_cmp.requires_grad_())
 
 
+def figures_of_case(
+    name: str, figures: Figures, random_cost: dict[str, float], num_tokens: int, device: torch.device, dtype: torch.dtype, budget: float
+) -> None:
+    """Gate and time a case. random_cost: ms a pair of the random case for each pass, filled by that case itself."""
+    inputs = make_case(name, num_tokens, device, dtype)
+    topk_indices = inputs.choose()
+    check_forward(inputs, topk_indices)
+    partition = inputs.partition
+    pairs = count_pairs(partition, topk_indices, inputs.q.shape[1]).total
+    calls = three_calls(inputs.attend, inputs.leaves, inputs.do)
+    for pass_ in ("fwd", "bwd"):
+        figure = f"{name} (C = {len(partition.compression):,}, S = {len(partition.selection):,}, {pairs:.3g} pairs) {pass_}"
+        ms = measure(calls[pass_], device, budget).ms
+        cost = ms / pairs
+        if name == "random":
+            random_cost[pass_] = cost
+        figures.add(f"{figure}, time", partition.num_tokens, ms, "ms")
+        figures.add(f"{figure}, time a pair", partition.num_tokens, cost * 1e12, "fs")
+        if pass_ in random_cost:
+            bound = None if name == "lone voxels" else ALLOWED
+            figures.add(f"{figure}, over the random case's", partition.num_tokens, cost / random_cost[pass_], "", bound)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line a case and pass; the exit status is 1 if one fails or, but for lone voxels, costs over 1.5 times the random case."""
+    """Measure; the exit status is 1 if a case fails or, but for lone voxels, costs over 1.5 times the random case."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worst_cases", description=__doc__)
     parser.add_argument("--T", type=int, default=131_072)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of repetitions a line")
+    parser.add_argument("--out", type=Path, help="CSV file (default: benchmarks/results/GPU-DATE-worst-cases.csv)")
     parser.add_argument("--commit", help="name of the code version where git is not at hand")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    print(" ".join(f"{name}={value!r}" for name, value in environment(device, options.commit).items()))
-    print(f"{'case':16} {'pass':4} {'T':>8} {'C':>7} {'S':>6} {'pairs':>9} {'ms':>9} {'fs/pair':>8} {'/ random':>9}")
+    env = environment(device, options.commit)
+    print(" ".join(f"{name}={value!r}" for name, value in env.items()))
 
+    figures = Figures(options.out or default_path(env, "worst-cases"), env, bounded=device.type == "cuda")
     random_cost: dict[str, float] = {}
-    good = True
     for name in NAMES:
         try:
-            inputs = make_case(name, options.T, device, dtype)
-            topk_indices = inputs.choose()
-            check_forward(inputs, topk_indices)
-            pairs = count_pairs(inputs.partition, topk_indices, inputs.q.shape[1]).total
-            calls = three_calls(inputs.attend, inputs.leaves, inputs.do)
-            for pass_ in ("fwd", "bwd"):
-                ms = measure(calls[pass_], device, options.budget).ms
-                cost = ms / pairs
-                ratio = cost / random_cost.setdefault(pass_, cost)
-                sizes = f"{inputs.q.shape[0]:8} {len(inputs.partition.compression):7} {len(inputs.partition.selection):6}"
-                print(f"{name:16} {pass_:4} {sizes} {pairs:9.3g} {ms:9.3f} {cost * 1e12:8.3g} {ratio:9.2f}", flush=True)
-                good &= ratio <= ALLOWED or name == "lone voxels"
+            figures_of_case(name, figures, random_cost, options.T, device, dtype, options.budget)
         except Exception as error:
-            print(f"{name:16} FAILED {reason_of(error)}", flush=True)
-            synchronize(device)
-            good = False
-    return int(not good)
+            figures.fail(name, options.T, reason_of(error))
+            synchronize(device)  # raises where the error has left the device unusable
+    figures.write_markdown(
+        "Time per useful pair",
+        "python -m benchmarks.worst_cases",
+        f"D = {HEAD_DIM}, m_cmp/m_slc/topk = {'/'.join(map(str, BLOCKS))}, 32 query and 2 key/value heads, bf16 on a GPU. The cost of a "
+        "case is its time over its (query, head, key) pairs; bounds are on that cost over the random case's.",
+    )
+    return int(not figures.good)
 
 
 if __name__ == "__main__":

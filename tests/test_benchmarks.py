@@ -11,7 +11,7 @@ import torch
 import trimesh
 
 import ssa
-from benchmarks import branches, cases, gate, layer, peers, report, rows, run, timing, tune, voxels, worst_cases
+from benchmarks import branches, cases, figures, gate, layer, peers, report, rows, run, timing, tune, voxels, worst_cases
 
 CPU = torch.device("cpu")
 H200 = cases.CHIPS["NVIDIA H200"]
@@ -395,6 +395,16 @@ def test_worst_cases_have_their_shape(name, T, C, S):
         assert (len(partition.compression), len(partition.selection)) == (C, S)
 
 
+def test_worst_cases_run_anywhere(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    monkeypatch.setattr(worst_cases, "NAMES", ("random", "one hot block", "lone voxels"))
+    assert worst_cases.main(["--device", "cpu", "--T", "300", "--budget", "0", "--out", str(path)]) == 0
+    with path.open() as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 3 * 2 * 3 and all(float(row["value"]) > 0 for row in found)
+    assert [row["value"] for row in found if row["figure"].startswith("random") and "over" in row["figure"]] == ["1", "1"]
+
+
 def test_saved_bytes_count_each_storage_once():
     x = torch.randn(100, requires_grad=True)
     assert layer.saved_bytes(lambda: x.exp().sin(), (x,)) == 400  # exp keeps its result, sin the same
@@ -413,17 +423,17 @@ def test_layer_benchmark_runs_anywhere(tmp_path, capsys):
     assert all(f"| {name} | 120 |" in text and name in shown for name in found)
 
 
-def test_layer_benchmark_says_what_exceeds_and_what_fails(tmp_path):
-    figures = layer.Figures(tmp_path / "a.csv", ENVIRONMENT, bounded=True)
-    figures.add("kept", 5, 2.0, "ms", 2.0)
-    figures.add("free", 5, 9.0, "ms")
-    assert figures.good
-    figures.add("over", 5, 2.1, "ms", 2.0)
-    assert not figures.good
-    figures.rows.pop()
-    figures.fail("part", 5, "out of memory")
-    assert not figures.good
-    figures.write_markdown()
+def test_figures_say_what_exceeds_and_what_fails(tmp_path):
+    found = figures.Figures(tmp_path / "a.csv", ENVIRONMENT, bounded=True)
+    found.add("kept", 5, 2.0, "ms", 2.0)
+    found.add("free", 5, 9.0, "ms")
+    assert found.good
+    found.add("over", 5, 2.1, "ms", 2.0)
+    assert not found.good
+    found.rows.pop()
+    found.fail("part", 5, "out of memory")
+    assert not found.good
+    found.write_markdown("Figures", "python -m x", "Conditions.")
     text = (tmp_path / "a.md").read_text()
     assert "| kept | 5 | 2 ms | ≤ 2 |" in text and "| part: out of memory | 5 |   | **failed** |" in text
     assert [line.split(",")[5] for line in (tmp_path / "a.csv").read_text().splitlines()[1:]] == ["yes", "", "no", "failed"]
@@ -448,6 +458,22 @@ def test_tuner_knows_the_kernels(name):
     with tune.override(module, kernel, {"BLOCK_M": 1}):
         assert module._config(kernel) == {"BLOCK_M": 1}
     assert module._config is before
+
+
+def test_settings_one_step_away():
+    setting = {"BLOCK_M": 16, "SHARE": 4, "maxnreg": 100}
+    changed = [{k: v for k, v in other.items() if v != setting[k]} for other in tune.neighbours(setting)]
+    assert changed == [{"BLOCK_M": 32}, {"SHARE": 0}, {"SHARE": 8}, {"maxnreg": 96}, {"maxnreg": 128}]
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("name", tune.KERNELS)
+def test_every_number_of_a_setting_can_be_tuned(name, head_dim):
+    module_name, kernel, *_ = tune.KERNELS[name]
+    config = importlib.import_module(f"ssa.kernels.{module_name}")._config
+    options = {"kernel": kernel, "head_dim": head_dim, "dtype": torch.bfloat16, "long": True, "group": 16}
+    setting = config(**{parameter: options[parameter] for parameter in inspect.signature(config).parameters})
+    assert {k for other in tune.neighbours(setting) for k in setting if other[k] != setting[k]} == set(setting)
 
 
 def test_search_walks_to_the_best_setting():

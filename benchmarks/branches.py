@@ -141,7 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     options.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     run(options.out, environment(device, options.commit), device, options)
-    report.write(options.out)
+    if options.out.exists():
+        report.write(options.out)
+    else:
+        print(f"No Markdown or plot: they come with {options.out}, which benchmarks.run writes")
     return 0
 
 

@@ -369,6 +369,12 @@ def test_branches_of_one_size(tmp_path):
     assert table.count("\n") == 1 + 9 and "| score + top-k | fwd |" in table
 
 
+def test_branches_run_without_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(branches, "TOKENS", (150,))
+    assert branches.main(["--device", "cpu", "--T", "150", "--budget", "0", "--out", str(tmp_path / "a.csv")]) == 0
+    assert len(rows.read(tmp_path / "a-branches.csv")) == 9 and "No Markdown or plot" in capsys.readouterr().out
+
+
 def test_branches_add_up_to_the_operator():
     inputs = small_inputs()
     chosen = inputs.choose()

@@ -160,7 +160,7 @@ def run(config: dict[str, Any], paths: Mapping[str, str], ranks: Ranks) -> Train
         picture = partial(draw_reconstruction, data.validation[0], settings.precision)
     trainer = Trainer(
         model, partial(data.batches, config["workers"]), settings, Path(paths["out"]), loss=partial(vae_loss, config["crop_latents"]),
-        validation=data.validation, picture=picture, card=card, ranks=ranks,
+        flops=None if config["crop_latents"] else model.flops, validation=data.validation, picture=picture, card=card, ranks=ranks,
     )  # fmt: skip
     trainer.run()
     if ranks.rank == 0:

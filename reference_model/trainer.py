@@ -1,8 +1,8 @@
 """One trainer for every model: AdamW, autocast, EMA, clipping, validation, exact resumption, several processes under torchrun.
 
-A model has `loss(batch, generator) -> {"total": scalar, ...}` and may have `flops(batch) -> float`, the operations of one forward pass.
-A batch has `to(device, non_blocking)` and `counts`, numbers to add up ("tokens" among them). Batches come from `batches(start)`: an endless
-iterator from batch `start` on, the same ones every time. What a step does follows from (seed, step, rank) and the state in the checkpoint.
+A model has `loss(batch, generator) -> {"total": scalar, ...}`, or the caller gives one. A batch has `to(device, non_blocking)` and `counts`,
+numbers to add up ("tokens" among them). Batches come from `batches(start)`: an endless iterator from batch `start` on, the same ones every
+time. What a step does follows from (seed, step, rank) and the state in the checkpoint.
 """
 
 import copy
@@ -103,7 +103,8 @@ class _State:
 class Trainer:
     """Trains `model` (on its device) in `out`; goes on from the newest checkpoint there.
 
-    loss: what is minimised, the model's own by default. validation: batches scored with the EMA weights, the same on every rank.
+    loss: what is minimised, the model's own by default. flops: batch → operations of one forward pass; asked at the first row and after
+    each validation, it gives the utilisation ("mfu"). validation: batches scored with the EMA weights, the same on every rank.
     picture: called with the EMA model and the path of a PNG that it may write, on the first rank, after each validation.
     card: kept in every checkpoint; a checkpoint whose card has another "data_hash" or "config" is refused by a ValueError.
     Writes out/checkpoints, out/log.jsonl, out/tensorboard and out/pictures.
@@ -111,8 +112,8 @@ class Trainer:
 
     def __init__(
         self, model: nn.Module, batches: Callable[[int], Iterator[Batch]], settings: TrainSettings, out: Path, *,
-        loss: Loss = own_loss, validation: Sequence[Batch] = (), picture: Callable[[nn.Module, Path], None] | None = None,
-        card: Mapping[str, Any] | None = None, ranks: Ranks | None = None,
+        loss: Loss = own_loss, flops: Callable[[Any], float] | None = None, validation: Sequence[Batch] = (),
+        picture: Callable[[nn.Module, Path], None] | None = None, card: Mapping[str, Any] | None = None, ranks: Ranks | None = None,
     ):  # fmt: skip
         self.model, self.batches, self.settings, self.out = model, batches, settings, out
         self.validation, self.picture, self.card, self.ranks = validation, picture, dict(card or {}), ranks or Ranks()
@@ -126,7 +127,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         if found := list_checkpoints(out / "checkpoints"):
             self._resume(found[-1])
-        self.function = loss
+        self.function, self.flops, self.flops_a_token = loss, flops, 0.0
         self.loss = self.ranks.wrap(_Loss(model, loss, settings.precision, self.device), self.device)
 
     def _resume(self, path: Path) -> None:
@@ -152,7 +153,8 @@ class Trainer:
                 waiting = time.perf_counter()
                 batch = next(iterator)
                 window.wait += time.perf_counter() - waiting
-                terms = self._step(batch.to(self.device, non_blocking=True), window)
+                batch = batch.to(self.device, non_blocking=True)
+                terms = self._step(batch, window)
                 state.step += 1
                 state.seconds = before + self.ranks.from_first(time.perf_counter() - begin)
                 over = settings.minutes is not None and state.seconds - before >= 60 * settings.minutes
@@ -160,9 +162,12 @@ class Trainer:
                 saving = last or state.step % settings.save_every == 0
                 if saving or state.step % settings.log_every == 0:
                     bar.set_postfix_str(self._log(window, terms), refresh=False)
+                    if self.flops and not self.flops_a_token:
+                        self.flops_a_token = self.flops(batch) / max(batch.counts["tokens"], 1)
                     window = _Window()
                 if self.validation and (last or state.step % settings.validate_every == 0):
                     self._validate()
+                    self.flops_a_token = 0.0
                     window.begin = time.perf_counter()
                 if saving:
                     self._save()
@@ -193,7 +198,7 @@ class Trainer:
         else:
             state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
         self.optimizer.zero_grad(set_to_none=True)
-        window.count(batch, self.model, rate)
+        window.count(batch, rate)
         if state.skipped_in_row >= settings.max_skipped:
             raise FloatingPointError(f"{state.skipped_in_row} steps in a row were not finite, the last one {values}")
         return values
@@ -243,9 +248,9 @@ class Trainer:
         row |= {"hours": self.state.seconds / 3600}
         if self.device.type == "cuda":
             row["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        flops = ranks.sum([3 * window.flops])[0]  # backward is twice the forward
-        if flops and self.settings.peak_tflops:
-            row["mfu"] = flops / seconds / (1e12 * self.settings.peak_tflops * ranks.size)
+        if self.flops_a_token and self.settings.peak_tflops:
+            flops = 3 * self.flops_a_token * window.counts["tokens"]  # backward is twice the forward
+            row["mfu"] = flops / seconds / (1e12 * self.settings.peak_tflops)
         self._write("train", row)
         speed = f"{row.get('tokens/s', 0):.0f} tokens/s, wait {row['loader_wait']:.0%}"
         return f"loss {row['total']:.4f}, {speed}, skipped {self.state.skipped}"
@@ -282,7 +287,7 @@ class _Window:
     """Sums since the last row of the log."""
 
     def __init__(self) -> None:
-        self.begin, self.wait, self.flops, self.rate = time.perf_counter(), 0.0, 0.0, 0.0
+        self.begin, self.wait, self.rate = time.perf_counter(), 0.0, 0.0
         self.steps = self.finite = 0
         self.terms: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
@@ -292,10 +297,8 @@ class _Window:
         for name, value in values.items():
             self.terms[name] += value
 
-    def count(self, batch: Any, model: nn.Module, rate: float) -> None:
+    def count(self, batch: Batch, rate: float) -> None:
         self.steps += 1
         self.rate = rate
         for name, value in batch.counts.items():
             self.counts[name] += value
-        flops: Any = getattr(model, "flops", None)
-        self.flops += float(flops(batch)) if flops else 0.0

@@ -125,6 +125,20 @@ def test_two_ranks_average_their_gradients(tmp_path) -> None:
     assert rows[-1]["fit"] == pytest.approx(sum(expected) / 3, rel=1e-5)
 
 
+def test_utilisation_counts_forward_and_backward(tmp_path) -> None:
+    asked = []
+
+    def flops(batch: ToyBatch) -> float:
+        asked.append(batch)
+        return 1e9 * len(batch.x)
+
+    settings = replace(SETTINGS, steps=9, peak_tflops=2.0, validate_every=4)
+    trainer = Trainer(Toy(), toy_batches, settings, tmp_path, flops=flops, validation=[toy_batch(-1)], card=CARD)
+    rows = [row for row in trainer.run() if row["kind"] == "train"]
+    assert len(asked) == 3 and "mfu" not in rows[0]  # at the first row and after each validation but the last
+    assert rows[1]["mfu"] == pytest.approx(3 * 1e9 * rows[1]["tokens/s"] / 2e12)
+
+
 def poisoned(bad: range):
     def batches(start: int):
         for number, batch in enumerate(toy_batches(start), start):

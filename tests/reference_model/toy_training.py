@@ -46,9 +46,6 @@ class Toy(nn.Module):
         fit, size = (y - batch.x.sum(1)).square().mean(), y.square().mean()
         return {"fit": fit, "size": size, "total": fit + 0.01 * size}
 
-    def flops(self, batch: ToyBatch) -> float:
-        return 80.0 * len(batch.x)
-
 
 def toy_batch(number: int, rank: int = 0) -> ToyBatch:
     return ToyBatch(torch.randn(16, 4, generator=torch.Generator().manual_seed(1000 * rank + number)))

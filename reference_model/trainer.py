@@ -1,8 +1,8 @@
 """One trainer for every model: AdamW, autocast, EMA, clipping, validation, exact resumption, several processes under torchrun.
 
-A model has `loss(batch, generator) -> {"total": scalar, ...}`, or the caller gives one. A batch has `to(device, non_blocking)` and `counts`,
-numbers to add up ("tokens" among them). Batches come from `batches(start)`: an endless iterator from batch `start` on, the same ones every
-time. What a step does follows from (seed, step, rank) and the state in the checkpoint.
+A model has `loss(batch, generator) -> {"total": scalar, ...}`, or the caller gives one. A batch has `to(device, non_blocking)` and
+`counts`, numbers to add up ("tokens" among them). Batches come from `batches(start)`: an endless iterator from batch `start` on, the same
+ones every time. What a step does follows from (seed, step, rank) and the state in the checkpoint.
 """
 
 import copy

@@ -5,7 +5,7 @@ import torch
 import trimesh
 
 import ssa
-from reference_model.dataset import VolumeDataset, collate_volumes, make_loader, shard_dataset
+from reference_model.dataset import VolumeDataset, collate_volumes, find_prepared, make_loader, shard_dataset
 from reference_model.meshes import save_mesh
 from reference_model.prepare import main
 from reference_model.volume import Volume
@@ -46,6 +46,17 @@ def test_mixed_resolutions_are_refused(prepared) -> None:
     other = Volume(**{**volume.__dict__, "resolution": 128})
     with pytest.raises(ValueError, match=r"\[64, 128\]"):
         collate_volumes([volume, other])
+
+
+def test_counts_and_rows_of_the_metadata(prepared, tmp_path) -> None:
+    found = find_prepared(prepared)
+    dataset = VolumeDataset(prepared)
+    batch = collate_volumes([dataset[i] for i in range(5)])
+    assert batch.counts == {"tokens": sum(v.tokens for v in found), "voxels": sum(v.voxels for v in found), "samples": 5, "dropped": 0}
+    assert [v.name for v in found] == list("01234") and {v.resolution for v in found} == {64} and len({v.geometry for v in found}) == 5
+    assert find_prepared(prepared.parent) == found  # a directory of prepared directories
+    with pytest.raises(ValueError, match="no prepared volume"):
+        find_prepared(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

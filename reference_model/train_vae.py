@@ -22,7 +22,8 @@ from reference_model.cli import optional_import, parse
 from reference_model.dataset import PreparedVolume, VolumeBatch, collate_volumes, find_prepared
 from reference_model.distributed import Ranks
 from reference_model.extract import extract_mesh
-from reference_model.trainer import Trainer, TrainSettings
+from reference_model.train_settings import TrainSettings
+from reference_model.trainer import Trainer
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_decode import decode_volume, load_vae, save_vae
 from reference_model.volume import Volume, load_volume

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from reference_model.checkpoint import list_checkpoints, read_header
 from reference_model.cli import parse
 from reference_model.dataset import PreparedVolume
+from reference_model.train_settings import TrainSettings
 from reference_model.train_vae import load_data, main, split_prepared
-from reference_model.trainer import TrainSettings
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_decode import load_vae, read_card
 

@@ -17,7 +17,8 @@ import torch
 from toy_training import SETTINGS, Toy, ToyBatch, toy_batch, toy_batches
 
 from reference_model.checkpoint import list_checkpoints
-from reference_model.trainer import Trainer, TrainSettings
+from reference_model.train_settings import TrainSettings
+from reference_model.trainer import Trainer
 
 CARD = {"config": "toy", "data_hash": "0"}
 TOY = Path(__file__).with_name("toy_training.py")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from reference_model.distributed import Ranks
-from reference_model.trainer import Trainer, TrainSettings
+from reference_model.train_settings import TrainSettings
+from reference_model.trainer import Trainer
 
 SETTINGS = TrainSettings(
     steps=20, lr=0.01, weight_decay=0.1, warmup=5, clip=0.5, ema=0.9, precision="fp32", seed=3, log_every=1, validate_every=1000,

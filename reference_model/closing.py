@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _OCTANTS = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), -1).reshape(-1, 3)
 _COARSE, _FINE = 64, 512
+SEAM = 2 / _FINE  # a cap may end this far from the faces it should meet
 _MOST_CELLS = 4_000_000
 _HALF_DIAGONAL = 3**0.5 / 2
 

@@ -48,7 +48,7 @@ class Surface:
     sheets: np.ndarray  # [S,3] int64 into hull_vertices: open sheets, made `thickness` thick
     thickness: float
     exact: bool  # pseudonormals of `faces` give the sign
-    caps: np.ndarray  # [C,3] int64, those of `faces` that close holes
+    caps: np.ndarray  # [C,3] int64, the last of `faces`: those that close holes
     report: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -66,9 +66,11 @@ class Surface:
         """Distance [n] float64 from points [n,3] to `faces`; NaN beyond `bound`."""
         return _distance(points, self.vertices, self.faces, bound)
 
-    def near_caps(self, points: np.ndarray, bound: float) -> np.ndarray:
-        """[n] bool: a cap lies within `bound` of these points."""
-        return ~np.isnan(_distance(points, self.vertices, self.caps, bound))
+    def near_seams(self, points: np.ndarray, bound: float) -> np.ndarray:
+        """[n] bool: both a cap and another face of the boundary lie within `bound` of these points."""
+        near = ~np.isnan(_distance(points, self.vertices, self.caps, bound))
+        near[near] = ~np.isnan(_distance(points[near], self.vertices, self.faces[: len(self.faces) - len(self.caps)], bound))
+        return near
 
     def to_any_face(self, points: np.ndarray, bound: float) -> np.ndarray:
         """Distance [n] float64 from points [n,3] to `faces` and `within`; NaN beyond `bound`."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from reference_model.cli import optional_import
+from reference_model.closing import SEAM
 from reference_model.repair import Surface, resolve_surface
 from reference_model.volume import BAND, CELL, TAU, Volume
 
@@ -117,6 +118,17 @@ def _centers(cells: np.ndarray, resolution: int) -> np.ndarray:
     return (2.0 * cells + 1.0) / resolution - 1.0
 
 
+def _children(cells: np.ndarray) -> np.ndarray:
+    """[8n,3]: the eight halves of each cell [n,3], in a grid twice as fine."""
+    return (cells[:, None] * 2 + _OCTANTS).reshape(-1, 3)
+
+
+def _child_index(voxels: np.ndarray) -> np.ndarray:
+    """[n] place of voxels [n,3] in their latent cell."""
+    d = voxels % CELL
+    return (d[:, 0] * CELL + d[:, 1]) * CELL + d[:, 2]
+
+
 def _candidate_cells(surface: Surface, resolution: int, reach: float) -> np.ndarray:
     """Cells [C,3] of the latent grid that may hold voxels with |s| <= reach, lexicographic."""
     levels = [resolution // CELL]
@@ -126,7 +138,7 @@ def _candidate_cells(surface: Surface, resolution: int, reach: float) -> np.ndar
     cells = np.stack(np.meshgrid(side, side, side, indexing="ij"), -1).reshape(-1, 3)
     for level in reversed(levels):
         if level != levels[-1]:
-            cells = (cells[:, None] * 2 + _OCTANTS).reshape(-1, 3)
+            cells = _children(cells)
         bound = reach + _HALF_DIAGONAL * 2 / level
         cells = cells[surface.near(_centers(cells, level), bound)]
     return cells[np.lexsort(cells.T[::-1])]
@@ -137,13 +149,12 @@ def _distance_tiles(surface: Surface, cells: np.ndarray, resolution: int, reach:
     row = np.arange(len(cells))
     fine = cells
     for level in (resolution // 4, resolution // 2, resolution):
-        fine = (fine[:, None] * 2 + _OCTANTS).reshape(-1, 3)
+        fine = _children(fine)
         row = np.repeat(row, 8)
         if level < resolution:
             keep = surface.near(_centers(fine, level), reach + _HALF_DIAGONAL * 2 / level)
             fine, row = fine[keep], row[keep]
-    d = fine % CELL
-    place = row * CELL**3 + (d[:, 0] * CELL + d[:, 1]) * CELL + d[:, 2]
+    place = row * CELL**3 + _child_index(fine)
     points = _centers(fine, resolution)
     h = 2 / resolution
     bound = max(reach, h) * 1.001  # a voxel exactly tau away must know its own side
@@ -215,10 +226,13 @@ def _ask_signs(surface: Surface, cells: np.ndarray, tile: np.ndarray, joined: li
     sign = np.zeros(tile.shape, np.int8)
     flat, distance = sign.reshape(len(cells), -1), np.nan_to_num(tile, nan=np.inf).reshape(len(cells), -1)
     child = np.stack(np.unravel_index(np.arange(CELL**3), (CELL,) * 3), 1)
-    # a cap may leave a gap to its rim, so that joined voxels lie on both sides: there every voxel is asked
-    rows = np.flatnonzero(surface.near_caps(_centers(cells, resolution // CELL), _HALF_DIAGONAL * 3 * CELL / resolution))
-    points = _centers(cells[rows, None] * CELL + child, resolution).reshape(-1, 3)
-    flat[rows] = np.where(surface.winding(points) > 0.5, -1, 1).reshape(-1, CELL**3)
+    if len(surface.caps):  # joined voxels may lie on both sides of the gap at a seam: there every voxel is asked
+        h = 2 / resolution
+        rows = np.flatnonzero(surface.near_seams(_centers(cells, resolution // CELL), SEAM + h + _HALF_DIAGONAL * CELL * h))
+        fine, row = _children(_children(cells[rows])), np.repeat(rows, 64)
+        keep = surface.near_seams(_centers(fine, resolution // 2), SEAM + h + _HALF_DIAGONAL * 2 * h)
+        fine, row = _children(fine[keep]), np.repeat(row[keep], 8)
+        flat[row, _child_index(fine)] = np.where(surface.winding(_centers(fine, resolution)) > 0.5, -1, 1)
     for turn in range(5):
         open_tiles = np.flatnonzero((flat == 0).any(1))
         if len(open_tiles) == 0:

@@ -42,6 +42,8 @@ class SparseConv3d(nn.Module):
     def forward(self, x: Tensor, level: Level) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if len(x) == 0:
+            return x @ self.kernel[0].to(x.dtype)
         if self.backend == "spconv":
             from reference_model.sparse_conv_spconv import submanifold_conv3d
 

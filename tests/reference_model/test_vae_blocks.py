@@ -1,0 +1,169 @@
+"""Each block against the same computation written out plainly."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from vae_inputs import random_latents, random_level, small_batch, stirred
+
+import ssa
+from reference_model.vae_blocks import (
+    AttentionBlock,
+    DownBlock,
+    Lift,
+    Pool,
+    ReleasedUpBlock,
+    SampleGroupNorm,
+    UpBlock,
+    position_code,
+)
+from reference_model.vae_encoder import EncoderPlan
+from reference_model.vae_grid import Level
+
+
+def close(a, b, bound=2e-5):
+    assert a.shape == b.shape and (a - b).abs().max() <= bound * max(b.abs().max().item(), 1e-3), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("channels", [32, 64, 12])
+def test_group_norm_is_per_sample(channels):
+    sizes = [5, 0, 300, 2]
+    x = torch.randn(sum(sizes), channels) * 3 + torch.arange(channels)
+    norm = stirred(SampleGroupNorm(channels))
+    groups = math.gcd(32, channels)
+    expected = [F.group_norm(part.T[None], groups, norm.weight, norm.bias, 1e-5)[0].T for part in x.split(sizes) if len(part)]
+    close(norm(x, sizes), torch.cat(expected))
+    assert norm(x.bfloat16(), sizes).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("kind", "more"), [("mean", 0), ("released", 1)])
+def test_pool(kind, more):
+    x, counts = torch.randn(14, 3), [1, 8, 5]
+    offsets = torch.tensor([0, 1, 9, 14], dtype=torch.int32)
+    blocks = ssa.Blocks(2, offsets, torch.tensor([0, 3], dtype=torch.int32), torch.zeros(3, 4, dtype=torch.int32))
+    expected = torch.stack([part.sum(0) / (n + more) for part, n in zip(x.split(counts), counts, strict=True)])
+    close(Pool(kind)(x, blocks), expected)
+
+
+def plain_parents(batch, edge):
+    """Cells of `edge` an axis in a latent: place of each voxel's cell and the voxels of each, in the order of the plan's rows."""
+    level = EncoderPlan.build(batch).levels[(4, 2, 1).index(edge)]
+    rows = {tuple(c): i for i, c in enumerate(level.coords.tolist())}
+    size = 8 // edge
+    return level, [rows[(b, x // size, y // size, z // size)] for b, x, y, z in batch.coords.tolist()]
+
+
+@pytest.mark.parametrize(("pooling", "more"), [("mean", 0), ("released", 1)])
+def test_lift_and_first_block(pooling, more):
+    """Linear 1→C, then the block: with all rows of all channels, as the paper has it."""
+    batch = small_batch()
+    channels = 6
+    lift, block = stirred(Lift(channels)), stirred(DownBlock(channels, 10, pooling, None), seed=1)
+    plan = EncoderPlan.build(batch)
+    got = lift(plan.values, plan.active, plan.sizes[0], plan.sizes[1], block)
+    x = lift.linear(batch.values[:, None])
+    normed = torch.cat([
+        F.group_norm(part.T[None], math.gcd(32, channels), block.norm1.weight, block.norm1.bias)[0].T for part in x.split(plan.sizes[0])
+    ])
+    level, parent = plain_parents(batch, 4)
+    index = torch.tensor(parent)
+    count = torch.bincount(index)[:, None]
+    for name, value, result in (("active", F.silu(normed), got[0]), ("raw", x, got[1])):
+        expected = torch.zeros(len(level), channels).index_add(0, index, value) / (count + more)
+        assert (result - expected).abs().max() < 2e-5, name
+    grads = torch.autograd.grad(got[0].square().sum() + got[1].square().sum(), [lift.linear.weight, block.norm1.weight])
+    pooled = [torch.zeros(len(level), channels).index_add(0, index, v) / (count + more) for v in (F.silu(normed), x)]
+    plain = torch.autograd.grad(sum(p.square().sum() for p in pooled), [lift.linear.weight, block.norm1.weight])
+    for a, b in zip(grads, plain, strict=True):
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize(("pooling", "more"), [("mean", 0), ("released", 1)])
+def test_down_block(pooling, more):
+    batch = small_batch()
+    plan = EncoderPlan.build(batch)
+    block = stirred(DownBlock(6, 10, pooling, None))
+    x = torch.randn(len(plan.levels[0]), 6)
+    got = block(x, plan.sizes[1], plan.blocks[0], plan.levels[1], plan.sizes[2])
+    fine, level = plan.levels[:2]
+    rows = {tuple(c): i for i, c in enumerate(level.coords.tolist())}
+    index = torch.tensor([rows[(b, i // 2, j // 2, k // 2)] for b, i, j, k in fine.coords.tolist()])
+    count = torch.bincount(index)[:, None]
+
+    def pool(v):
+        return torch.zeros(len(level), v.shape[1]).index_add(0, index, v) / (count + more)
+
+    def norm(module, v, sizes):
+        parts = [F.group_norm(p.T[None], math.gcd(32, v.shape[1]), module.weight, module.bias)[0].T for p in v.split(sizes)]
+        return F.silu(torch.cat(parts))
+
+    def conv(module, v):
+        return ssa.submanifold_conv3d(v, module.kernel, module.bias, level.neighbors, impl="naive")
+
+    h = conv(block.conv1, pool(norm(block.norm1, x, plan.sizes[1])))
+    h = conv(block.conv2, norm(block.norm2, h, plan.sizes[2]))
+    close(got, h + block.skip(pool(x)))
+
+
+@pytest.mark.parametrize("kind", [UpBlock, ReleasedUpBlock])
+def test_up_block(kind):
+    coarse = random_level(2, 0.5, count=6)
+    fine = Level.of(coarse.latents, coarse.latent_neighbors, 4, active_children(coarse))
+    block = stirred(kind(6, 10, None))
+    x = torch.randn(len(coarse), 6)
+    rows = {tuple(c): i for i, c in enumerate(coarse.coords.tolist())}
+    parent = torch.tensor([rows[(b, i // 2, j // 2, k // 2)] for b, i, j, k in fine.coords.tolist()])
+    assert len(fine) == 8 * len(coarse)
+
+    def conv(module, v, level):
+        return ssa.submanifold_conv3d(v, module.kernel, module.bias, level.neighbors, impl="naive")
+
+    if kind is UpBlock:
+        h = conv(block.conv1, F.silu(F.layer_norm(x, (6,), block.norm1.weight, block.norm1.bias))[parent], fine)
+        h = conv(block.conv2, F.silu(F.layer_norm(h, (10,), block.norm2.weight, block.norm2.bias)), fine)
+        expected = h + F.linear(x[parent], block.skip.weight, block.skip.bias)
+    else:
+        expected = F.silu(conv(block.conv2, F.silu(conv(block.conv1, x, coarse))[parent], fine))
+    close(block(x, coarse, fine), expected)
+
+
+def active_children(level):
+    active = torch.zeros(len(level.latents) * level.edge**3, dtype=torch.bool)
+    active[level.places] = True
+    return active.view(len(level.latents), -1).repeat_interleave(8, 1)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_attention_block_sees_its_window_only(shift):
+    latents = random_latents(60, samples=3)
+    partition = ssa.partition_voxels(latents, compression_block_size=2, selection_block_size=2, window_size=4, window_shift=shift)
+    block = stirred(AttentionBlock(32, 2, 2))
+    x = torch.randn(len(latents), 32)
+    window = torch.cat((latents[:, :1], torch.div(latents[:, 1:] + shift, 4, rounding_mode="floor")), 1)
+    together = (window[:, None] == window[None]).all(2)
+    assert 1 < len(window.unique(dim=0)) < len(latents)
+    q, k, v = (t.view(-1, 2, 16).transpose(0, 1) for t in block.qkv(block.norm1(x)).chunk(3, 1))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=together).transpose(0, 1).flatten(1)
+    h = x + block.out(o)
+    up, _, down = block.mlp
+    expected = h + down(F.gelu(up(block.norm2(h)), approximate="tanh"))
+    close(partition.unsort(block(partition.sort(x), partition)), expected)
+
+
+def test_position_code():
+    code = position_code(torch.tensor([[3, 0, 7]]), 20, 0.5)
+    frequencies = [10000 ** (-j / 3) for j in range(3)]
+    expected = [f(0.5 * c * w) for c in (3, 0, 7) for f in (math.sin, math.cos) for w in frequencies] + [0, 0]
+    close(code, torch.tensor([expected]))
+    coords = torch.randint(0, 32, (9, 3))
+    close(position_code(coords, 48, 2.0), position_code(2 * coords, 48, 1.0))
+
+
+def test_zero_start():
+    """A fresh residual block is its skip."""
+    block = DownBlock(4, 8, "mean", None)
+    level = random_level(2, 0.5)
+    x = torch.randn(len(level), 4)
+    close(block.convolve(torch.randn(len(level), 4), x, level, [len(level)]), nn.functional.linear(x, block.skip.weight, block.skip.bias))

@@ -128,13 +128,13 @@ class Trainer:
                     if self.flops and not self.flops_a_token:
                         self.flops_a_token = self.flops(batch) / max(batch.counts["tokens"], 1)
                     window = _Window()
+                pause = time.perf_counter()
                 if self.validation and (last or state.step % settings.validate_every == 0):
                     self._validate()
                     self.flops_a_token = 0.0
-                    window.begin = time.perf_counter()
                 if saving:
                     self._save()
-                    window.begin = time.perf_counter()
+                window.begin += time.perf_counter() - pause  # the speed is that of steps
                 bar.update()
                 if over:
                     break

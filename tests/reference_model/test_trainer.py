@@ -140,6 +140,15 @@ def test_utilisation_counts_forward_and_backward(tmp_path) -> None:
     assert rows[1]["mfu"] == pytest.approx(3 * 1e9 * rows[1]["tokens/s"] / 2e12)
 
 
+def test_speed_leaves_out_validation(tmp_path) -> None:
+    settings = replace(SETTINGS, steps=8, log_every=4, validate_every=3)
+    trainer = Trainer(Toy(), toy_batches, settings, tmp_path, validation=[toy_batch(-1)], picture=lambda *_: time.sleep(0.5), card=CARD)
+    rows = [row for row in trainer.run() if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == [4, 8] and all(row["seconds_a_step"] < 0.12 for row in rows)
+    assert all(row["tokens/s"] * row["seconds_a_step"] == pytest.approx(16) for row in rows)
+    assert trainer.state.seconds > 1.0
+
+
 def poisoned(bad: range):
     def batches(start: int):
         for number, batch in enumerate(toy_batches(start), start):

@@ -40,8 +40,9 @@ def inputs(tmp_path, monkeypatch):
 def test_scores_of_a_moved_surface(inputs, tmp_path, workers, resolution):
     resolutions = [resolution] if isinstance(resolution, int) else resolution
     out = tmp_path / "out"
-    arguments = [f"meshes={inputs}", f"out={out}", f"weights={tmp_path / 'w.safetensors'}", f"resolution={resolution}", f"workers={workers}"]
-    assert evaluate_vae.main([*arguments, "names=[rod,broken]", "samples=5000", "size=64", "grid=32"]) == 0
+    common = ["names=[rod,broken]", "samples=5000", "size=64", "grid=32", f"weights={tmp_path / 'w.safetensors'}"]
+    arguments = [f"meshes={inputs}", f"out={out}", f"resolution={resolution}".replace(" ", ""), f"workers={workers}", *common]
+    assert evaluate_vae.main(arguments) == 0
     document = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     assert [(r["mesh"], r["resolution"]) for r in document["rows"]] == [("rod.obj", r) for r in resolutions]
     assert {(r["mesh"], r["resolution"]) for r in document["left_out"]} == {("broken.off", r) for r in resolutions}

@@ -59,7 +59,7 @@ class PreparedSource:
 
     def draw(self, rng: np.random.Generator, resolution: int) -> Volume:
         group = self._by_resolution.get(resolution) or self._by_resolution[max(self._by_resolution)]
-        return at_resolution(load_volume(group[int(rng.integers(len(group)))].path), resolution)
+        return load_at(group[int(rng.integers(len(group)))].path, resolution)
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ class ShapeSource:
         return volume
 
 
-def at_resolution(volume: Volume, resolution: int) -> Volume:
-    """The volume at a resolution, without the margin that resampling needs."""
+def load_at(path: Path, resolution: int) -> Volume:
+    """The volume of a file at a resolution; ValueError where it holds neither that nor the margin to resample it."""
+    volume = load_volume(path, margin=True)
     return without_margin(volume) if volume.resolution == resolution else resample(volume, resolution)
 
 

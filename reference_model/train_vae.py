@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference_model.batches import BatchStream, PreparedSource, ShapeSource, Source, at_resolution
+from reference_model.batches import BatchStream, PreparedSource, ShapeSource, Source
 from reference_model.checkpoint import git_commit
 from reference_model.cli import optional_import, parse
 from reference_model.dataset import PreparedVolume, VolumeBatch, collate_volumes, find_prepared
@@ -70,7 +70,7 @@ def load_data(config: Mapping[str, Any], paths: Mapping[str, str], rank: int = 0
         sources.append((PreparedSource(tuple(fitting)), config["weights"]["prepared"]))
         for resolution in sorted({v.resolution for v in held}):
             group = [v for v in held if v.resolution == resolution and v.tokens <= config["max_tokens"]]
-            validation += [at_resolution(load_volume(v.path), resolution) for v in group[: config["validation"]]]
+            validation += [load_volume(v.path) for v in group[: config["validation"]]]
     if config["weights"]["shapes"]:
         source = _shapes(config, paths)
         facts["shapes"] = len(source.families) * source.count
@@ -105,7 +105,7 @@ def _first(stream: BatchStream, count: int, resolution: int) -> list[Volume]:
         places = [(source.families[i % len(source.families)], source.first + i // len(source.families)) for i in range(count)]
         return [source.make(family, seed, resolution) for family, seed in places]
     assert isinstance(source, PreparedSource)
-    return [at_resolution(load_volume(v.path), resolution) for v in source.volumes if v.resolution == resolution][:count]
+    return [load_volume(v.path) for v in source.volumes if v.resolution == resolution][:count]
 
 
 def vae_loss(crop_latents: int | None, model: Any, batch: VolumeBatch, generator: torch.Generator) -> dict[str, Tensor]:

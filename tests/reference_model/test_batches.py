@@ -11,7 +11,7 @@ from analytic import sphere, volume_of
 
 from reference_model.batches import BatchStream, PreparedSource, ShapeSource
 from reference_model.dataset import PreparedVolume, VolumeBatch
-from reference_model.volume import Volume, load_volume, save_volume
+from reference_model.volume import RESAMPLING_MARGIN, Volume, load_volume, save_volume
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,19 @@ def test_prepared_volumes_come_at_their_resolution_and_turned(tmp_path) -> None:
     assert len(motions) > 6 and all(len(b.values) == len(stored.values) for b in turned)
     with pytest.raises(ValueError, match="needs volumes"):
         PreparedSource(())
+
+
+def test_the_finest_volumes_give_other_resolutions(tmp_path) -> None:
+    fine, exact = (volume_of(sphere(0.08), r, margin=m) for r, m in ((320, RESAMPLING_MARGIN), (256, 0.0)))
+    source = PreparedSource((prepared(fine, tmp_path / "fine", "fine"),))
+    drawn = source.draw(np.random.default_rng(0), 256)
+    assert drawn.resolution == 256 and torch.equal(drawn.latents, exact.latents)
+    assert abs(len(drawn.values) - len(exact.values)) < 0.02 * len(exact.values)
+    same = source.draw(np.random.default_rng(0), 320)
+    assert same.margin == 0 and same.values.abs().max() <= 1 and len(same.values) < len(fine.values)
+    bare = PreparedSource((prepared(volume_of(sphere(0.08), 320), tmp_path / "bare", "bare"),))
+    with pytest.raises(ValueError, match="the source must hold"):
+        bare.draw(np.random.default_rng(0), 256)
 
 
 def test_shapes_are_kept_and_the_same_when_read(tmp_path) -> None:

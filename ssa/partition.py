@@ -36,6 +36,9 @@ class Blocks:
     coords: Tensor
     index: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        _mark_sizes(self.offsets, self.cu_blocks, self.coords, self.index)
+
     def __len__(self) -> int:
         return self.offsets.shape[0] - 1
 
@@ -60,6 +63,9 @@ class VoxelPartition:
     window: Blocks
     window_shift: int = 0
     _cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        _mark_sizes(*(getattr(self, f.name) for f in dataclasses.fields(self)), *self._cache.values())
 
     @property
     def device(self) -> torch.device:
@@ -314,6 +320,13 @@ class _Permute(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         index, inverse = ctx.saved_tensors
         return _Permute.apply(grad, inverse, index), None, None
+
+
+def _mark_sizes(*values: object) -> None:
+    """Every batch has its own sizes: torch.compile is not to specialise on one, nor to take two that happen to be equal for one."""
+    for x in values:
+        if isinstance(x, Tensor):
+            torch._dynamo.maybe_mark_dynamic(x, 0)
 
 
 def _floor_div(x: Tensor, size: int) -> Tensor:

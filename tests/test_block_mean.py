@@ -112,9 +112,9 @@ def test_opcheck_and_second_order():
     x = torch.randn(60, 16, device=DEVICE, requires_grad=True)
     table = torch.randn(64, 16, device=DEVICE, requires_grad=True)
     slots = torch.randint(0, 64, (60,), dtype=torch.int32).to(DEVICE)
-    torch.library.opcheck(block_mean, (x, offsets, None, table, slots, 1))
-    torch.library.opcheck(block_mean, (x, window.offsets, window.index, None, None, 0))
-    torch.library.opcheck(block_mean_backward, (torch.randn(len(window), 16, device=DEVICE), window.offsets, window.index, 60, 0))
+    torch.library.opcheck(block_mean.overload, (x, offsets, None, table, slots, 1))
+    torch.library.opcheck(block_mean.overload, (x, window.offsets, window.index, None, None, 0))
+    torch.library.opcheck(block_mean_backward.overload, (torch.randn(len(window), 16, device=DEVICE), window.offsets, window.index, 60, 0))
     (dx,) = torch.autograd.grad(ssa.block_mean(x, partition.compression, impl="triton").square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second-order gradients are not supported"):
         torch.autograd.grad(dx.sum(), x)

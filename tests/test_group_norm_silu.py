@@ -154,9 +154,9 @@ if IMPL == "triton":
         from ssa.autograd.group_norm_silu import group_norm_silu_backward
 
         cu, inputs = cu_of(20, 0, 13), [t.requires_grad_() for t in draw_inputs(33, 64)]
-        torch.library.opcheck(op, (*inputs, cu, 32, EPS))
+        torch.library.opcheck(op.overload, (*inputs, cu, 32, EPS))
         y, stats = op(*inputs, cu, 32, EPS)
-        torch.library.opcheck(group_norm_silu_backward, (*(t.detach() for t in (y, *inputs, stats)), cu))
+        torch.library.opcheck(group_norm_silu_backward.overload, (*(t.detach() for t in (y, *inputs, stats)), cu))
         (dx,) = torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
         with pytest.raises(RuntimeError, match="second-order gradients are not supported"):
             torch.autograd.grad(dx.sum(), inputs[0])

@@ -61,8 +61,8 @@ def test_opcheck_and_second_order():
     from ssa.autograd.position_table import add_position, table_gradient
 
     x, table, slots, dy = problem(40, 16, 8)
-    torch.library.opcheck(table_gradient, (dy, slots, 8))
-    torch.library.opcheck(add_position, (x.requires_grad_(), table.requires_grad_(), slots))
+    torch.library.opcheck(table_gradient.overload, (dy, slots, 8))
+    torch.library.opcheck(add_position.overload, (x.requires_grad_(), table.requires_grad_(), slots))
     weight = dy.clone().requires_grad_()
     (dtable,) = torch.autograd.grad((add_position(x, table, slots) * weight).sum(), table, create_graph=True)
     with pytest.raises(RuntimeError, match="second-order gradients are not supported"):

@@ -163,10 +163,10 @@ def test_opcheck():
 
     neighbors = sheet(30).neighbors
     x, kernel, bias, dy = problem(30, 16, 24)
-    torch.library.opcheck(submanifold_conv3d_backward, (dy, x, kernel, neighbors))
+    torch.library.opcheck(submanifold_conv3d_backward.overload, (dy, x, kernel, neighbors))
     x, kernel, bias = (t.requires_grad_() for t in (x, kernel, bias))
-    torch.library.opcheck(submanifold_conv3d, (x, kernel, bias, neighbors))
-    torch.library.opcheck(submanifold_conv3d, (x, kernel, None, neighbors))
+    torch.library.opcheck(submanifold_conv3d.overload, (x, kernel, bias, neighbors))
+    torch.library.opcheck(submanifold_conv3d.overload, (x, kernel, None, neighbors))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -185,4 +185,4 @@ def opcheck(module: ModuleType, name: str, call: Callable[[], object]) -> None:
         call()
     assert seen, f"{name} was not called"
     for args in seen:
-        torch.library.opcheck(op, args)
+        torch.library.opcheck(op.overload, args)

@@ -1,1 +1,1 @@
-"""The torch.library boundary, one file an op: custom op, fake and gradient around the launchers of `ssa.kernels`."""
+"""The torch.library boundary, one file an op: operator, fake and gradient around the launchers of `ssa.kernels`."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..kernels import block_mean as kernels
-from .common import first_order_only
+from .common import first_order_only, operator
 from .position_table import table_gradient
 
 
-@torch.library.custom_op("ssa::block_mean", mutates_args=())
+@operator("block_mean")
 def block_mean(x: Tensor, offsets: Tensor, index: Tensor | None, table: Tensor | None, slots: Tensor | None, extra: int) -> Tensor:
     return kernels.block_mean_forward(x, offsets, index, table, slots, extra)
 
@@ -20,7 +19,7 @@ def _(x, offsets, index, table, slots, extra):
     return x.new_empty(offsets.shape[0] - 1, x.shape[1])
 
 
-@torch.library.custom_op("ssa::block_mean_backward", mutates_args=())
+@operator("block_mean_backward")
 def block_mean_backward(dy: Tensor, offsets: Tensor, index: Tensor | None, num_tokens: int, extra: int) -> Tensor:
     return kernels.block_mean_backward(dy, offsets, index, num_tokens, extra)
 

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import block_topk as kernels
+from .common import operator
 
 
-@torch.library.custom_op("ssa::block_topk", mutates_args=())
+@operator("block_topk")
 def block_topk(
     q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_blocks: Tensor, child_offsets: Tensor, fill_order: Tensor, topk: int,
     softmax_scale: float,

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from torch.library import CustomOpDef
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from ..kernels.common import interpreted
 
-__all__ = ["first_order_only", "interpreted"]
+__all__ = ["Operator", "first_order_only", "interpreted", "operator"]
+
+_LIBRARY = torch.library.Library("ssa", "FRAGMENT")  # registrations live as long as it does
 
 
-def first_order_only(op: CustomOpDef) -> None:
+class Operator:
+    """`torch.library.custom_op` without its wrapper, which checks every output of every call for aliases: 1.3 of 1.45 ms at T = 4,096."""
+
+    def __init__(self, name: str, function: Callable):
+        self.name = f"ssa::{name}"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        self.overload = getattr(torch.ops.ssa, name).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def register_fake(self, function: Callable) -> Callable:
+        torch.library.register_fake(self.name, function, lib=_LIBRARY)
+        return function
+
+    def register_autograd(self, backward: Callable, setup_context: Callable | None = None) -> None:
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def operator(name: str) -> Callable[[Callable], Operator]:
+    """Decorator: registers a function of tensors and numbers, none of which it writes or returns, as `torch.ops.ssa.<name>`."""
+    return lambda function: Operator(name, function)
+
+
+def first_order_only(op: Operator) -> None:
     """Gives a backward op a gradient that says there is none, instead of a silent zero."""
 
     def backward(ctx, *grads):
-        raise RuntimeError(f'second-order gradients are not supported by {op._qualname}; use impl="naive"')
+        raise RuntimeError(f'second-order gradients are not supported by {op.name}; use impl="naive"')
 
     op.register_autograd(backward)

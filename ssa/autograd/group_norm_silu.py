@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import group_norm_silu as kernels
-from .common import first_order_only
+from .common import first_order_only, operator
 
 
-@torch.library.custom_op("ssa::group_norm_silu", mutates_args=())
+@operator("group_norm_silu")
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def _(x, weight, bias, cu_seqlens, num_groups, eps):
     return x.new_empty(x.shape), x.new_empty(2, cu_seqlens.shape[0] - 1, num_groups, dtype=torch.float32)
 
 
-@torch.library.custom_op("ssa::group_norm_silu_backward", mutates_args=())
+@operator("group_norm_silu_backward")
 def group_norm_silu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

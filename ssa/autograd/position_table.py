@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import position_table as kernels
-from .common import first_order_only
+from .common import first_order_only, operator
 
 
-@torch.library.custom_op("ssa::add_position", mutates_args=())
+@operator("add_position")
 def add_position(x: Tensor, table: Tensor, slots: Tensor) -> Tensor:
     return kernels.add_position_forward(x, table, slots)
 
@@ -19,7 +19,7 @@ def _(x, table, slots):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("ssa::table_gradient", mutates_args=())
+@operator("table_gradient")
 def table_gradient(dy: Tensor, slots: Tensor, num_slots: int) -> Tensor:
     return kernels.table_gradient(dy, slots, num_slots)
 

@@ -1,12 +1,11 @@
 """`ssa::selected_attention`: (q, k, v, topk_indices) → (o, lse), both differentiable, and the inverse map for the backward."""
 
-import torch
 from torch import Tensor
 
 from ..kernels.common import lse_dtype
 from ..kernels.selected_attention import chunk_queries, invert, selected_attention_backward, selected_attention_forward
 from ..kernels.varlen_attention import attention_delta
-from .common import first_order_only
+from .common import first_order_only, operator
 
 
 def queries_per_chunk(q: Tensor, topk_indices: Tensor) -> int:
@@ -21,7 +20,7 @@ def fake_inverse_map(q: Tensor, topk_indices: Tensor, offsets: Tensor) -> tuple[
     return offsets.new_empty((buckets + 1,)), offsets.new_empty((t * hkv * topk,)), chunks
 
 
-@torch.library.custom_op("ssa::selected_attention", mutates_args=())
+@operator("selected_attention")
 def selected_attention(
     q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -37,7 +36,7 @@ def _(q, k, v, topk_indices, offsets, softmax_scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype(q)), *csr
 
 
-@torch.library.custom_op("ssa::selected_attention_backward", mutates_args=())
+@operator("selected_attention_backward")
 def _backward_op(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, topk_indices: Tensor, offsets: Tensor,
     csr_offsets: Tensor, csr_indices: Tensor, chunks: Tensor, softmax_scale: float,

@@ -12,11 +12,11 @@ from ..kernels.common import lse_dtype
 from ..kernels.gated_sum import gated_sum_backward, gated_sum_forward
 from ..kernels.selected_attention import invert, selected_attention_backward, selected_attention_forward
 from ..kernels.varlen_attention import varlen_attention_backward, varlen_attention_forward
-from .common import first_order_only
+from .common import first_order_only, operator
 from .selected_attention import fake_inverse_map, queries_per_chunk
 
 
-@torch.library.custom_op("ssa::spatial_sparse_attention", mutates_args=())
+@operator("spatial_sparse_attention")
 def spatial_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, topk_indices: Tensor | None, cu_seqlens: Tensor,
     cu_compression: Tensor, cu_selection: Tensor, child_offsets: Tensor, fill_order: Tensor, offsets: Tensor, cu_window: Tensor,
@@ -47,7 +47,7 @@ def _(
     return *outputs, *lses, ids, *fake_inverse_map(q, ids, offsets)
 
 
-@torch.library.custom_op("ssa::spatial_sparse_attention_backward", mutates_args=())
+@operator("spatial_sparse_attention_backward")
 def _backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, o_cmp: Tensor, o_slc: Tensor,
     o_win: Tensor, lse_cmp: Tensor, lse_slc: Tensor, lse_win: Tensor, topk_indices: Tensor, csr_offsets: Tensor, csr_indices: Tensor,

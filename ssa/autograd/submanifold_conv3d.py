@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import submanifold_conv3d as kernels
-from .common import first_order_only
+from .common import first_order_only, operator
 
 
-@torch.library.custom_op("ssa::submanifold_conv3d", mutates_args=())
+@operator("submanifold_conv3d")
 def submanifold_conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors: Tensor) -> Tensor:
     return kernels.submanifold_conv3d_forward(x, kernel, bias, neighbors)
 
@@ -19,7 +19,7 @@ def _(x, kernel, bias, neighbors):
     return x.new_empty(x.shape[0], kernel.shape[2])
 
 
-@torch.library.custom_op("ssa::submanifold_conv3d_backward", mutates_args=())
+@operator("submanifold_conv3d_backward")
 def submanifold_conv3d_backward(dy: Tensor, x: Tensor, kernel: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return kernels.submanifold_conv3d_backward(dy, x, kernel, neighbors)
 

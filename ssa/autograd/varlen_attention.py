@@ -1,14 +1,13 @@
 """`ssa::varlen_attention`: (q, k, v) → (o, lse), both differentiable."""
 
-import torch
 from torch import Tensor
 
 from ..kernels.common import lse_dtype
 from ..kernels.varlen_attention import attention_delta, varlen_attention_backward, varlen_attention_forward
-from .common import first_order_only
+from .common import first_order_only, operator
 
 
-@torch.library.custom_op("ssa::varlen_attention", mutates_args=())
+@operator("varlen_attention")
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, index: Tensor | None, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -21,7 +20,7 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, index, softmax_scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
 
 
-@torch.library.custom_op("ssa::varlen_attention_backward", mutates_args=())
+@operator("varlen_attention_backward")
 def _backward_op(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     index: Tensor | None, softmax_scale: float,

@@ -2,13 +2,13 @@
 
     score[t, kv, J] = Σ_{j child of J} Σ_{h in group kv} exp(scale q_h·k_cmp[j] − lse_h)          ids = the topk best J of t's sample
 
-Two kernels over chunks of query tiles, so that [Hkv, T, C] never exists and the scratch [Hkv, S, chunk] stays below SCRATCH bytes:
+Three kernels over chunks of query tiles, so that [Hkv, T, C] never exists and the scratch [Hkv, S, chunk] stays below SCRATCH bytes:
 (1) scores: a program holds BLOCK_J selection blocks × BLOCK_M queries and adds heads and children in registers. Selection blocks come
     in order of falling child count (`fill_order`), so a tile's blocks have about equally many children and few child slots are idle.
-    It also keeps the best score of every GROUP blocks.
-(2) top-k, one thread a query: scores are ≥ 0, so their bits order as integers and a bisection on the bits is exact. The topk-th best of
-    the group maxima bounds the topk-th best score from below; one pass lists the few scores above the bound, a bisection over the list
-    (over all scores if it overflows) finds the exact one, a running count places the ids in ascending order. Of equals the lowest ids win.
+(2) the best score of every GROUP blocks.
+(3) top-k, one thread a query: scores are ≥ 0, so their bits order as integers and a bisection on the bits is exact. The topk-th best
+    maximum bounds the topk-th best score from below, and only the topk groups that reach it can hold the choice: their scores above
+    the bound are listed, a bisection over the list finds the exact one, a running count places the ids in ascending order.
 q [T,Hq,D], k_cmp [C,Hkv,D], lse [T,Hq] fp32 → [T,Hkv,topk] int32, −1 where a sample has fewer blocks.
 Source: arXiv 2505.17412, Eq. 8; exact bisection as in FastVideo's VSA.
 """
@@ -23,16 +23,18 @@ from .inner import exp_shared, exponent_unit
 
 SCRATCH = 256 * 2**20
 GROUP = tl.constexpr(16)
-BLOCK_S = tl.constexpr(32)  # scores a thread reads at once
+GROUPS = tl.constexpr(4)  # a program of the maxima
+BLOCK_S = tl.constexpr(16)  # scores a thread reads at once
 ROWS = 32  # queries a program of the top-k: one a thread
 
 
 def _config(head_dim: int, dtype: torch.dtype, group: int) -> dict[str, int]:
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_J=32, HEADS=1, SHARE=0, num_warps=4, num_stages=1)
-    # H200, 2026-11-22: four programs a multiprocessor instead of three where the accumulators leave the room
-    registers = dict(maxnreg=128) if head_dim <= 32 else {}
-    return dict(BLOCK_M=64, BLOCK_J=64, HEADS=2 if group % 2 == 0 else 1, SHARE=4, num_warps=4, num_stages=3, **registers)
+    if head_dim > 32:
+        return dict(BLOCK_M=64, BLOCK_J=128, HEADS=1, SHARE=4, num_warps=8, num_stages=3, **(dict(maxnreg=128) if head_dim <= 64 else {}))
+    # H200, 2026-11-22: three programs a multiprocessor
+    return dict(BLOCK_M=64, BLOCK_J=64, HEADS=2 if group % 2 == 0 else 1, SHARE=4, num_warps=4, num_stages=3, maxnreg=168)
 
 
 @triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_tokens"])
@@ -48,7 +50,6 @@ def _score_kernel(
     block0, block_end = tl.load(cu_blocks_ptr + sample), tl.load(cu_blocks_ptr + sample + 1)
     if (count > 0) & (block0 + column * BLOCK_J < block_end):
         m = tl.arange(0, BLOCK_M)
-        valid = m < count
         j = block0 + column * BLOCK_J + tl.arange(0, BLOCK_J)
         real = j < block_end
         block = tl.load(fill_order_ptr + j, mask=real, other=0)
@@ -142,6 +143,29 @@ def _write_ids(
         tl.store(out + i, tl.full([ROWS], -1, tl.int32), mask=(tl.arange(0, ROWS) < rows) & (written <= i))
 
 
+@triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "parts"])
+def _best_kernel(
+    scores_ptr, best_ptr, cu_blocks_ptr, tiles_ptr, tile0, num_tiles, chunk_tiles, num_blocks, num_groups, parts, HKV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    part, local, kv = pid % parts, pid // parts % chunk_tiles, pid // (parts * chunk_tiles)
+    sample, _, rows = load_tile(tiles_ptr, tile0 + local, num_tiles)
+    block0 = tl.load(cu_blocks_ptr + sample)
+    count = tl.load(cu_blocks_ptr + sample + 1) - block0
+    if (rows > 0) & (part * GROUPS * GROUP < count):
+        stride = tl.multiple_of(chunk_tiles * BLOCK_M, BLOCK_M)
+        column = local * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        j = part * GROUPS * GROUP + tl.arange(0, GROUPS * GROUP)[:, None]
+        scores_ptr += (kv * num_blocks + block0).to(tl.int64) * stride
+        s = tl.load(scores_ptr + (j * stride + column), mask=j < count, other=-1.0)
+        s = tl.where(s >= 0.0, s, -1.0)  # NaN too
+        group = part * GROUPS + tl.arange(0, GROUPS)[:, None]
+        best_ptr += (kv * num_groups).to(tl.int64) * stride
+        best = tl.max(tl.reshape(s, [GROUPS, GROUP, BLOCK_M]), 1)
+        tl.store(best_ptr + (group * stride + column), best, mask=group < num_groups)
+
+
 @triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "listable", "topk"])
 def _topk_kernel(
     scores_ptr, best_ptr, list_ptr, listed_ptr, ids_ptr, cu_blocks_ptr, tiles_ptr, tile0, num_tiles, chunk_tiles, num_blocks, num_groups,
@@ -164,10 +188,6 @@ def _topk_kernel(
         listed_ptr += (kv * listable).to(tl.int64) * stride + column
         ids_ptr += ((first + part * ROWS).to(tl.int64) * HKV + kv) * topk
         lane = tl.arange(0, ROWS)
-        for j in range(0, n, GROUP):
-            best = tl.max(_bits(scores_ptr, j, count, stride, ROWS, GROUP), 0)
-            tl.store(best_ptr + j // GROUP * stride + lane, best.to(tl.float32, bitcast=True))
-        tl.debug_barrier()  # read back by other threads
         groups = (count + GROUP - 1) // GROUP
         bound = _kth_best(best_ptr, groups, stride, topk, tl.zeros([ROWS], tl.int32), ROWS)
         _write_ids(best_ptr, listed_ptr, groups, stride, ids_ptr, rows, 0, topk, bound, HKV, ROWS, False)
@@ -219,6 +239,10 @@ def block_topk(
             q, k_cmp, lse, scores, cu_blocks, child_offsets, fill_order, tiles, scale, tile0, num_tiles, n, num_blocks, t, HQ=hq, HKV=hkv,
             D=d, BLOCK_D=block_d(d), PRECISION=precision(q), **config, **launch,
         )  # fmt: skip
+        parts = triton.cdiv(num_groups, GROUPS.value)
+        _best_kernel[(n * hkv * parts,)](
+            scores, best, cu_blocks, tiles, tile0, num_tiles, n, num_blocks, num_groups, parts, HKV=hkv, BLOCK_M=block_m, num_warps=4
+        )
         _topk_kernel[(n * hkv * (block_m // ROWS),)](
             scores, best, listed_scores, listed, ids, cu_blocks, tiles, tile0, num_tiles, n, num_blocks, num_groups, listable, topk,
             HKV=hkv, BLOCK_M=block_m, ROWS=ROWS, num_warps=1,

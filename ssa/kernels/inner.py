@@ -84,7 +84,7 @@ def _exp2_half(x, M: tl.constexpr, N: tl.constexpr):
 def exp_shared(q, s, M: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr):
     """`exp_of` of s [M, N], one in SHARE (4, 8; 0: none) by polynomial on the FMA units, since the unit for exp is the bottleneck.
 
-    Columns 16 a + 8 b + 2 c + d split by b and d, and by a: the accumulator of a matrix product keeps these in one thread, so nothing moves.
+    Columns 16 a + 8 b + 2 c + d split by b and d, and by a: the accumulator of a matrix product keeps these in one thread, nothing moves.
     """
     if SHARE == 0 or q.dtype == tl.float32:
         p = exp_of(q, s)
@@ -132,8 +132,7 @@ def _keys(
 @triton.jit
 def _forward_loop(
     acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
-    SHARE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in range(lo, hi, BLOCK_N):
         k, v, valid = _keys(k_ptr, v_ptr, index_ptr, kv, start, hi, HKV, D, BLOCK_D, BLOCK_N, GATHER, MASKED)
@@ -141,7 +140,7 @@ def _forward_loop(
         if MASKED:
             s = tl.where(valid[None, :], s, -float("inf"))
         if BOUNDED:
-            p = exp_shared(q, s * unit - m_i[:, None], BLOCK_M, BLOCK_N, 0 if MASKED else SHARE)
+            p = exp_of(q, s * unit - m_i[:, None])
             l_i += tl.sum(p, 1)
         else:
             m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
@@ -157,28 +156,24 @@ def _forward_loop(
 @triton.jit
 def _forward_keys(
     q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, SHARE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All keys lo … hi: full tiles without a mask, then the last one."""
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     full = lo + (hi - lo) // BLOCK_N * BLOCK_N
     acc, m_i, l_i = _forward_loop(
-        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, full, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, BOUNDED,
-        SHARE, PRECISION,
+        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, full, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, BOUNDED, PRECISION
     )
     return _forward_loop(
-        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, full, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, True, BOUNDED,
-        SHARE, PRECISION,
+        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, full, hi, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, BOUNDED, PRECISION
     )
 
 
 @triton.jit
 def forward_rows(
     q, k_norm, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, SHARE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o [BLOCK_M, BLOCK_D] and lse [BLOCK_M] (natural log) of rows over keys lo … hi; no keys at all give 0 and −inf.
 
@@ -192,15 +187,15 @@ def forward_rows(
         bound = tl.sqrt(tl.sum(q32 * q32, 1)) * k_norm * unit
         if tl.max(bound, 0) <= MAX_BOUND:  # false for NaN
             acc, m_i, l_i = _forward_keys(
-                q, bound, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, True, SHARE, PRECISION
+                q, bound, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, True, PRECISION
             )
         else:
             acc, m_i, l_i = _forward_keys(
-                q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, SHARE, PRECISION
+                q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
             )
     else:
         acc, m_i, l_i = _forward_keys(
-            q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, SHARE, PRECISION
+            q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
         )
     empty = l_i == 0.0
     l_i = tl.where(empty, 1.0, l_i)

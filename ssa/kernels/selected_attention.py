@@ -79,7 +79,7 @@ def _fwd_kernel(
         if BOUNDED:
             k_norm = tl.load(k_norm_ptr + kv)
         o, lse = forward_rows(
-            q, k_norm, k_ptr, v_ptr, None, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, BOUNDED, 0, PRECISION
+            q, k_norm, k_ptr, v_ptr, None, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, BOUNDED, PRECISION
         )
         out = _partial_rows(entries_ptr, first, valid, entry0, G, BLOCK_M)
         store_rows(part_ptr, out * D, o, valid, D, BLOCK_D)

@@ -3,8 +3,9 @@
     s = scale q kᵀ     lse = log Σ exp(s)     p = exp(s − lse)     o = p v
     dv = pᵀ do         ds = p (do vᵀ − delta) with delta = do·o − dlse     dq = scale ds k     dk = scale dsᵀ q
 
-q, o, do, dq [T,Hq,D]; k, v, dk, dv [N,Hkv,D]; lse, delta [T,Hq], fp64 where q is fp32, else fp32; cu_q, cu_k [n+1] int32; index [T] int32 or none: rows of both
-sides in segment order (windows that are not contiguous). Rows are (query, head) pairs, see common.py. Grid: (tiles · Hkv).
+q, o, do, dq [T,Hq,D]; k, v, dk, dv [N,Hkv,D]; lse, delta [T,Hq], fp64 where q is fp32, else fp32; cu_q, cu_k [n+1] int32; index [T]
+int32 or none: rows of both sides in segment order (windows that are not contiguous). Rows are (query, head) pairs, see common.py.
+Grid: (tiles · Hkv).
 The loops over keys and over queries are in inner.py.
 The backward makes seven products in two kernels instead of five in one: no atomics, so two runs are bitwise equal.
 Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2; arXiv 2505.17412, Eq. 6.
@@ -24,17 +25,17 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[
 
     Beyond a head size of 64 what fits the 99 KiB of sm_89, not tuned.
     """
-    share = dict(SHARE=0) if kernel == "fwd" else {}
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=32, **share, num_warps=4, num_stages=1)
+        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
     if head_dim > 64:
-        return dict(BLOCK_M=64, BLOCK_N=32 if kernel != "dkv" else 64, **share, num_warps=4, num_stages=2)
+        return dict(BLOCK_M=64, BLOCK_N=32 if kernel != "dkv" else 64, num_warps=4, num_stages=2)
     if not long:
         wide = dict(BLOCK_M=128, BLOCK_N=64 if kernel == "dkv" else 32)
-        return dict(**wide, **share, num_warps=4, num_stages=2)
+        return dict(**wide, num_warps=4, num_stages=2)
     small = head_dim <= 32
     if kernel == "fwd":
-        return dict(BLOCK_M=64 if small else 128, BLOCK_N=64, SHARE=4, num_warps=4 if small else 8, num_stages=3)
+        launch = dict(num_warps=4, maxnreg=128) if small else dict(num_warps=8)
+        return dict(BLOCK_M=128, BLOCK_N=64, num_stages=3, **launch)
     if kernel == "dq":
         return dict(BLOCK_M=64 if small else 128, BLOCK_N=64, num_warps=4, num_stages=3)
     return dict(BLOCK_M=32, BLOCK_N=128, num_warps=4, num_stages=3)
@@ -44,7 +45,7 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_k_ptr, index_ptr, k_norm_ptr, tiles_ptr, num_tiles, scale, HQ: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr,
-    BOUNDED: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr,
+    BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv = tl.program_id(0) // HKV, tl.program_id(0) % HKV
     segment, first, count = load_tile(tiles_ptr, tile, num_tiles)
@@ -56,7 +57,7 @@ def _fwd_kernel(
         if BOUNDED:
             k_norm = tl.load(k_norm_ptr + kv)
         o, lse = forward_rows(
-            q, k_norm, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, BOUNDED, SHARE, PRECISION
+            q, k_norm, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, BOUNDED, PRECISION
         )
         store_rows(o_ptr, head * D, o, valid, D, BLOCK_D)
         tl.store(lse_ptr + head, lse, mask=valid)

@@ -26,7 +26,7 @@ _FORMAT = "ssa-vae"
 
 @torch.no_grad()
 def decode_volume(
-    model: SparseVAE, z: Tensor, latents: Tensor, resolution: int, chunk: int = 64, prune: float | None = None
+    model: SparseVAE, z: Tensor, latents: Tensor, resolution: int, chunk: int = 32, prune: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One sample's latents → (coords [N,3] int32, values [N] float32, inside [L,512] bool), as `extract.extract_mesh` takes them.
 

@@ -1,0 +1,33 @@
+"""The volumes that are measured, and the table."""
+
+import json
+
+import pytest
+import torch
+from analytic import sphere, volume_of
+
+pytest.importorskip("hydra")
+
+from reference_model import measure_vae  # noqa: E402
+
+
+def test_spheres():
+    got, expected = measure_vae.spheres([0.3], 256), volume_of(sphere(0.3), 256)
+    assert torch.equal(got.latents, expected.latents) and torch.equal(got.coords, expected.coords)
+    assert (got.values - expected.values).abs().max() < 1e-3 and torch.equal(got.inside, expected.inside)
+    shells = measure_vae.spheres([0.3, 0.5], 256)
+    assert len(shells.coords) > 2 * len(got.coords)
+    r = ((2.0 * shells.coords + 1) / 256 - 1).norm(dim=1)
+    assert torch.equal(shells.values < 0, (r > 0.3) & (r < 0.5))
+
+
+def test_table(tmp_path, capsys):
+    case = "cases=[{resolution: 256, radii: [0.08]}, {resolution: 512, radii: [0.05]}]"
+    settings = ["vae=tiny", "repeats=1", "precisions=[fp32,bf16]", "device=cpu", "crop_from=512", "crop_latents=4", "chunk=3"]
+    assert measure_vae.main([f"out={tmp_path}", case, *settings]) == 0
+    rows = json.loads((tmp_path / "measure.json").read_text(encoding="utf-8"))["rows"]
+    kinds = [("training step", "bf16"), ("encode", "fp32"), ("decode", "fp32"), ("encode", "bf16"), ("decode", "bf16")]
+    assert [(r["resolution"], r["what"], r["precision"]) for r in rows] == [(R, *kind) for R in (256, 512) for kind in kinds]
+    assert all(r["ms"] > 0 for r in rows) and [r.get("crop") for r in rows[::5]] == [None, 4]
+    assert rows[2]["largest_difference"] == 0 < rows[4]["largest_difference"] < 0.1
+    assert rows[0]["tflops"] > 0 and (tmp_path / "measure.md").read_text(encoding="utf-8").count("\n| ") == 11

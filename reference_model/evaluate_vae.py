@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from reference_model.cli import optional_import, parse
-from reference_model.evaluate_meshes import markdown, save_side_by_side
+from reference_model.evaluate_meshes import save_side_by_side
 from reference_model.extract import extract_mesh
 from reference_model.meshes import MeshError, load_mesh, normalize, save_mesh
 from reference_model.metrics import Surface, compare
@@ -30,9 +30,14 @@ from reference_model.reconstruct import load_network, rebuild
 from reference_model.sdf import mesh_to_volume
 from reference_model.sources import find_sources
 from reference_model.vae import SparseVAE
-from reference_model.volume import load_volume, save_volume
+from reference_model.volume import CELL, load_volume, save_volume
 
 _GAPS = {"f1@0.005": "F1@.005", "f1@0.001": "F1@.001", "f1@0.0002": "F1@2e-4", "normal_consistency": "normals"}
+_SCORES = {
+    "f1@0.001": ("F1@.001", 1.0, 2), "f1@0.0002": ("F1@2e-4", 1.0, 2), "f1@0.005": ("F1@.005", 1.0, 2), "chamfer": ("Chamfer e-4", 1e4, 3),
+    "normal_consistency": ("normals %", 1.0, 2), "area_ratio": ("area", 1.0, 4), "components": ("pieces", 1.0, 0),
+    "genus": ("genus", 1.0, 0), "sharp_edge_error": ("sharp edges e-4", 1.0, 1), "normal_psnr": ("PSNR-N dB", 1.0, 1),
+}  # fmt: skip
 
 
 def build_volume(path: Path, resolution: int, out: Path, settings: Mapping[str, Any]) -> Path:
@@ -45,11 +50,14 @@ def build_volume(path: Path, resolution: int, out: Path, settings: Mapping[str, 
     return target
 
 
-def run_network(network: SparseVAE, path: Path, resolution: int, target: Path) -> tuple[NDArray, NDArray, dict[str, Any]]:
-    """Decoded surface in the unit cube, also written to `target` in the frame of its source; and what was counted and timed."""
+def run_network(network: SparseVAE, path: Path, target: Path, prune: float | None) -> tuple[NDArray, NDArray, dict[str, Any]]:
+    """Decoded surface in the unit cube, also written to `target` in the frame of its source; and what was counted and timed.
+
+    With prune: how much of the children was decoded, and how many of the true band voxels were left out.
+    """
     volume = load_volume(path)
     begin = time.perf_counter()
-    coords, values, _, inside = rebuild(volume, network)
+    coords, values, resolution, inside = rebuild(volume, network, prune)
     if values.is_cuda:
         torch.cuda.synchronize()
     decoded = time.perf_counter()
@@ -57,6 +65,10 @@ def run_network(network: SparseVAE, path: Path, resolution: int, target: Path) -
     if len(faces) == 0:
         raise MeshError(f"no surface decoded at {resolution=}")
     facts = {"latents": len(volume.latents), "seconds_network": round(decoded - begin, 3), **asdict(report)}
+    if prune is not None:
+        key = torch.tensor([resolution**2, resolution, 1])
+        kept = torch.isin((volume.coords.long() * key).sum(1), (coords.cpu().long() * key).sum(1))
+        facts |= {"decoded_percent": 100 * len(coords) / (CELL**3 * len(volume.latents)), "band_lost": int((~kept).sum())}
     points, triangles = vertices.cpu().numpy().astype(np.float64), faces.cpu().numpy()
     save_mesh(target, (points - volume.offset) / volume.scale, triangles, volume.y_up)
     return points, triangles, facts
@@ -102,20 +114,33 @@ def gaps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def report(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    """Markdown: the gap to the ceiling first, then the tables of `evaluate_meshes`."""
-    text = ["# Meshes through the VAE", "", f"Weights: {settings['weights']}", "", "## Gap to the ceiling, mean over closed meshes", ""]
+    """Markdown: the gap to the ceiling, what the decoding met, all scores."""
+    text = ["# Meshes through the VAE", "", f"`{settings['command']}`", ""]
+    text += [f"{settings['versions']}; {settings['samples']:,} points each way, point to surface.", ""]
+    text += ["## Gap to the ceiling, mean over closed meshes", ""]
     text += ["| R | meshes | " + " | ".join(_GAPS.values()) + " | area off by % (worst) | components equal | genus equal |"]
     text += ["|---:" * 9 + "|"]
     for g in gaps(rows):
         cells = [f"{g[name]:.2f}" for name in _GAPS] + [f"{g['area']:.2f} ({g['area_worst']:.2f})"]
         text.append(f"| {g['resolution']} | {g['meshes']} | {' | '.join(cells)} | {g['components']} | {g['genus']} |")
     text += ["", "| mesh | R | latents | encode + decode s | corners outside | cells in disagreement | vertices on openings |"]
-    text += ["|---|" + "---:|" * 6]
+    text[-1] += " decoded % | band voxels lost |"
+    text += ["|---|" + "---:|" * 8]
     for row in rows:
         n = row["network"]
         counts = [n["latents"], n["seconds_network"], n["missing_corners"], n["disagreeing_cells"], n["open_vertices"]]
+        counts += [f"{n['decoded_percent']:.1f}", n["band_lost"]] if "band_lost" in n else ["100", 0]
         text.append(f"| {row['mesh']} | {row['resolution']} | " + " | ".join(str(x) for x in counts) + " |")
-    return "\n".join([*text, "", *markdown(rows, settings).splitlines()[2:]]) + "\n"
+    text += ["", "## Scores: result / ceiling / floor", "", "thin: area with walls under 2 voxels.", ""]
+    text += ["| mesh | R | closed | thin % | " + " | ".join(title for title, _, _ in _SCORES.values()) + " |"]
+    text += ["|---|---:|---|---:|" + "---|" * len(_SCORES)]
+    for row in rows:
+        cells = [row["mesh"], str(row["resolution"]), *(("yes", f"{row['thin_share']:.1f}") if row["closed"] else ("no", ""))]
+        for name, (_, factor, digits) in _SCORES.items():
+            values = [row["scores"][kind][name] for kind in ("result", "ceiling", "floor")]
+            cells.append(" / ".join("–" if v is None else f"{v * factor:.{digits}f}" for v in values))
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
 
 
 class _Here(Executor):
@@ -147,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = [f"{name} {optional_import(name).__version__}" for name in ("numpy", "torch", "trimesh")]
     settings: dict[str, Any] = {name: config[name] for name in ("samples", "seed", "size", "grid", "pictures", "thickness", "y_up")}
     settings |= {"command": " ".join(["python -m reference_model.evaluate_vae", *(sys.argv[1:] if argv is None else argv)])}
-    settings |= {"versions": ", ".join([f"Python {platform.python_version()}", *versions]), "weights": weights, "results": True}
+    settings |= {"versions": ", ".join([f"Python {platform.python_version()}", *versions]), "weights": weights}
     sources = [s.path for s in find_sources(paths["meshes"], exclude=out) if config.names is None or s.path.stem in config.names]
     resolutions = [config.resolution] if isinstance(config.resolution, int) else list(config.resolution)
     jobs = [(path, resolution) for resolution in resolutions for path in sources]
@@ -160,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for (path, resolution), future in zip(jobs, built, strict=True):
             try:
                 volume_path = future.result()
-                vertices, faces, facts = run_network(network, volume_path, resolution, out / "meshes" / f"{path.stem}_{resolution}.ply")
+                vertices, faces, facts = run_network(network, volume_path, out / "meshes" / f"{path.stem}_{resolution}.ply", config.prune)
             except MeshError as reason:
                 left_out.append({"mesh": path.name, "resolution": resolution, "reason": str(reason)})
                 print(f"{path.name}: {reason}", file=sys.stderr)

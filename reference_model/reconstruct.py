@@ -44,11 +44,11 @@ def unit_mesh(volume: Volume, network: SparseVAE | None = None) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def rebuild(volume: Volume, network: SparseVAE) -> tuple[Tensor, Tensor, int, Tensor | None]:
-    """volume → mean of the posterior → (coords, values, resolution, inside) of every child, on the network's device."""
+def rebuild(volume: Volume, network: SparseVAE, prune: float | None = None) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    """volume → mean of the posterior → (coords, values, resolution, inside) as `decode_volume`, on the network's device."""
     device = next(network.parameters()).device
     batch = collate_volumes([volume]).to(device)
-    coords, values, inside = decode_volume(network, network.encode(batch).mean, batch.latents[:, 1:], volume.resolution)
+    coords, values, inside = decode_volume(network, network.encode(batch).mean, batch.latents[:, 1:], volume.resolution, prune=prune)
     return coords, values, volume.resolution, inside
 
 

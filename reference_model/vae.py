@@ -33,6 +33,7 @@ class VAEConfig:
     latent_channels: int = 16
     decoder: str = "symmetric"  # or "released"
     pooling: str = "mean"  # or "released": sum / (n + 1)
+    ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning
     conv_backend: str | None = None  # "torch", "triton", "spconv"; None: triton on CUDA, torch elsewhere
     lambda_in: float = 1.0
@@ -48,9 +49,9 @@ class VAEConfig:
         head_dim = self.hidden_size // self.num_heads
         if self.hidden_size % self.num_heads or head_dim % 8 or not 16 <= head_dim <= 128:
             raise ValueError(f"hidden_size / num_heads must be a multiple of 8 from 16 to 128, got {self.hidden_size} / {self.num_heads}")
-        for name, value, allowed in (("decoder", self.decoder, ("symmetric", "released")), ("pooling", self.pooling, ("mean", "released"))):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        for name, ours in (("decoder", "symmetric"), ("pooling", "mean"), ("ext_target", "sign")):
+            if getattr(self, name) not in (ours, "released"):
+                raise ValueError(f"{name} must be {ours!r} or 'released', got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,7 @@ class SparseVAE(nn.Module):
         partitions = self.partitions(batch.latents)
         posterior = self._encode(EncoderPlan.build(batch), partitions, batch.resolution)
         h = self.decoder.attend(posterior.sample(generator), batch.latents, partitions, _factor(batch.resolution))
-        targets, latents = make_targets(batch), batch.latents
+        targets, latents = make_targets(batch, c.ext_target), batch.latents
         if crop_latents is None:
             predicted, logits = self.decoder.upsample(h, latents, grid)
         else:

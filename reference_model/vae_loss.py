@@ -27,10 +27,10 @@ class Targets:
         return Targets(self.values[index], self.band[index], self.sharp[index])
 
 
-def make_targets(batch: VolumeBatch) -> Targets:
-    """Targets at all latents of a batch; values are clamped to [-1, 1]."""
+def make_targets(batch: VolumeBatch, ext_target: str = "sign") -> Targets:
+    """Targets at all latents of a batch; values are clamped to [-1, 1]. ext_target "released": +1 outside the band, inside or not."""
     place = batch.latent_index.long() * CELL**3 + child_index(batch.coords[:, 1:])
-    values = torch.where(batch.inside, -1.0, 1.0)
+    values = torch.where(batch.inside & (ext_target == "sign"), -1.0, 1.0)
     band, sharp = torch.zeros_like(batch.inside), torch.zeros_like(batch.inside)
     values.view(-1)[place] = batch.values.clamp(-1, 1)
     band.view(-1)[place] = True

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("PIL.Image")
@@ -19,12 +20,18 @@ from reference_model.vae_decode import save_vae  # noqa: E402
 from reference_model.volume import TAU  # noqa: E402
 
 MOVE = 0.0015
+LOST = 11  # band voxels, where pruning is asked for
 LENGTH, RADIUS = 1.9, 0.04  # of a rod along z, in the cube
 
 
 @pytest.fixture
 def inputs(tmp_path, monkeypatch):
     """A rod, a broken file and weights; the network gives the rod back with a radius that is larger by MOVE."""
+
+    def answer(volume, network, prune):
+        keep = slice(None) if prune is None else torch.arange(len(volume.coords)) >= LOST
+        return volume.coords[keep], volume.values[keep] - MOVE / TAU, volume.resolution, None
+
     folder = tmp_path / "in [é]"
     folder.mkdir()
     rod = trimesh.creation.capsule(height=10 * (LENGTH - 2 * RADIUS), radius=10 * RADIUS, count=[64, 64])
@@ -32,15 +39,15 @@ def inputs(tmp_path, monkeypatch):
         save_mesh(folder / name, np.asarray(rod.vertices) + (30, 20, 10), np.asarray(rod.faces))
     (folder / "broken.off").write_bytes(b"")
     save_vae(tiny_model(), tmp_path / "w.safetensors")
-    monkeypatch.setattr(evaluate_vae, "rebuild", lambda v, _: (v.coords, v.values - MOVE / TAU, v.resolution, None))
+    monkeypatch.setattr(evaluate_vae, "rebuild", answer)
     return folder
 
 
-@pytest.mark.parametrize(("workers", "resolution"), [(1, 384), (2, [384, 392])])
-def test_scores_of_a_moved_surface(inputs, tmp_path, workers, resolution):
+@pytest.mark.parametrize(("workers", "resolution", "pruned"), [(1, 384, True), (2, [384, 392], False)])
+def test_scores_of_a_moved_surface(inputs, tmp_path, workers, resolution, pruned):
     resolutions = [resolution] if isinstance(resolution, int) else resolution
     out = tmp_path / "out"
-    common = ["names=[rod,broken]", "samples=5000", "size=64", "grid=32", f"weights={tmp_path / 'w.safetensors'}"]
+    common = [*["prune=0.5"] * pruned, "names=[rod,broken]", "samples=5000", "size=64", "grid=32", f"weights={tmp_path / 'w.safetensors'}"]
     arguments = [f"meshes={inputs}", f"out={out}", f"resolution={resolution}".replace(" ", ""), f"workers={workers}", *common]
     assert evaluate_vae.main(arguments) == 0
     document = json.loads((out / "scores.json").read_text(encoding="utf-8"))
@@ -60,7 +67,8 @@ def test_scores_of_a_moved_surface(inputs, tmp_path, workers, resolution):
         assert radius.mean() == pytest.approx(10 * (RADIUS + MOVE), abs=2e-3)
         assert (out / "pictures" / f"rod.obj_{row['resolution']}.png").stat().st_size > 1000
     text = (out / "scores.md").read_text(encoding="utf-8")
-    assert "Gap to the ceiling" in text and text.count("| rod.obj |") == 3 * len(resolutions)
+    assert (row["network"].get("band_lost") == LOST) == pruned and (f"| {LOST} |" in text) == pruned
+    assert "Gap to the ceiling" in text and text.count("| rod.obj |") == 2 * len(resolutions)
 
 
 def test_open_meshes_do_not_count_as_gaps():

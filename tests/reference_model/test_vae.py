@@ -216,7 +216,8 @@ def test_mistakes_are_named():
         model.decode(z, latents, 16)
     with pytest.raises(ValueError, match="crop_latents"):
         model.loss(small_batch(), crop_latents=0)
-    for changes, rule in ((dict(decoder="dense"), "decoder"), (dict(pooling="max"), "pooling"), (dict(hidden_size=60), "hidden_size")):
+    for changes in (dict(decoder="dense"), dict(pooling="max"), dict(ext_target="in"), dict(hidden_size=60)):
+        (rule,) = changes
         with pytest.raises(ValueError, match=rule):
             VAEConfig(**changes)
     with pytest.raises(ValueError, match="occupancy head"):

@@ -49,6 +49,12 @@ def test_targets():
     assert all(x == 0 for x in exact.values())
 
 
+def test_released_targets_are_positive_outside_the_band():
+    batch = small_batch()
+    ours, released = make_targets(batch), make_targets(batch, "released")
+    assert (released.values[~ours.band] == 1).all() and torch.equal(released.values[ours.band], ours.values[ours.band])
+
+
 def test_an_empty_set_is_zero():
     batch = collate_volumes(shapes()[:1])
     assert not batch.sharp.any()

@@ -17,7 +17,7 @@ from reference_model.volume import save_volume, without_margin
 COLUMNS = (
     "id", "source", "status", "reason", "split", "resolution", "tokens", "voxels", "sharp_voxels", "bytes", "seconds", "faces", "vertices",
     "components", "watertight", "repaired", "thickness", "sheet_thickness", "copies", "patches", "turned", "sheets", "dropped",
-    "border_edges", "caps", "sign_conflicts", "scale", "y_up", "geometry_sha256", "file_sha256", "licence",
+    "border_edges", "caps", "sign_conflicts", "specks", "scale", "y_up", "geometry_sha256", "file_sha256", "licence",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def _prepare(source: Source, out: Path, settings: Mapping[str, Any], row: dict[s
     )  # fmt: skip
     band = without_margin(volume)
     row |= {"tokens": len(band.latents), "voxels": len(band.coords), "sharp_voxels": int(band.sharp.sum())}
-    row["sign_conflicts"] = volume.meta["sign_conflicts"]
+    row |= {name: volume.meta[name] for name in ("sign_conflicts", "specks")}
     if row["voxels"] == 0:
         raise MeshError("no voxel lies within the band")
     _limit("tokens", row["tokens"], None, limits["max_tokens"])

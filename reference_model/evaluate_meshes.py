@@ -4,6 +4,7 @@
 without a network. With `results=PATH` (a file, or a directory with files of the same stem, in the frame of the true ones) it scores those,
 and the round trip beside them as the ceiling. Beside every score stands the sampling floor: the true mesh against itself, by other points.
 Writes `scores.json`, `scores.md` and `pictures/*.png`; scores are explained in `reference_model.metrics.compare`.
+A run with the same settings goes on where it stopped; all meshes of one resolution come before the next.
 """
 
 import json
@@ -23,7 +24,7 @@ from reference_model.extract import extract_mesh
 from reference_model.meshes import SUFFIXES, MeshError, load_mesh, normalize
 from reference_model.metrics import THRESHOLDS, Surface, compare
 from reference_model.render import on_background, to_bytes
-from reference_model.sdf import mesh_to_volume
+from reference_model.sdf import mesh_to_volume, sharp_edges
 from reference_model.sources import find_sources
 
 _COLUMNS = {
@@ -60,6 +61,7 @@ def evaluate(path: Path, result: Path | None, resolution: int, config: Any, pict
     row: dict[str, Any] = {
         "mesh": path.name, "faces": len(mesh.faces), "resolution": resolution, "closed": closed, "truth": truth.topology.summary(),
         "thin_share": truth.thin_share(4.0 / resolution) if closed else None,
+        "crease_share": crease_share(truth, 2.0 / resolution),
     }  # fmt: skip
     shown = {"truth": truth}
     if result is None:
@@ -77,6 +79,17 @@ def evaluate(path: Path, result: Path | None, resolution: int, config: Any, pict
         pictures.mkdir(parents=True, exist_ok=True)
         save_side_by_side(shown, pictures / f"{path.name}_{resolution}.png", f"{path.name} at {resolution}")
     return row
+
+
+def crease_share(surface: Surface, reach: float, samples: int = 20_000) -> float:
+    """Percent of the area within `reach` of an edge whose faces' normals differ by over 30 degrees: what marching cubes cut off."""
+    edges = sharp_edges(surface.vertices, surface.faces, 30.0)
+    if len(edges) == 0:
+        return 0.0
+    tree = optional_import("igl").AABB()
+    tree.init(surface.vertices, edges)
+    points, _ = surface.sample(samples, seed=0)
+    return 100.0 * float((tree.squared_distance(surface.vertices, edges, points)[0] < reach**2).mean())
 
 
 def save_side_by_side(surfaces: Mapping[str, Surface], path: Path, title: str, size: int = 448) -> None:
@@ -110,15 +123,16 @@ def markdown(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> 
     kinds = [kind for kind in ("result", "ceiling", "floor") if any(kind in row["scores"] for row in rows)]
     text = ["# Meshes: " + ("given results" if settings["results"] else "there and back without a network"), ""]
     text += [f"`{settings['command']}`", "", f"{settings['versions']}; {settings['samples']:,} points each way, point to surface.", ""]
-    text += [f"A cell is {' / '.join(kinds)}; the floor is the true mesh against itself. thin: area with walls under 2 voxels.", ""]
+    text += [f"A cell is {' / '.join(kinds)}; the floor is the true mesh against itself.", ""]
+    text += ["thin: area with walls under 2 voxels; creased: area within a voxel of an edge bent by over 30 degrees.", ""]
     for prefix, title in (("", "All surfaces"), ("outer_", "Outer surface only")):
         names = [name for name in _COLUMNS if not (prefix and name in _PICTURE_SCORES)]
-        text += [f"## {title}", "", "| mesh | R | closed | thin % | " + " | ".join(_COLUMNS[name][0] for name in names) + " |"]
-        text += ["|---|---:|---|---:|" + "---|" * len(names)]
+        text += [f"## {title}", "", "| mesh | R | closed | thin % | creased % | " + " | ".join(_COLUMNS[name][0] for name in names) + " |"]
+        text += ["|---|---:|---|---:|---:|" + "---|" * len(names)]
         for row in rows:
             cells = [" / ".join(_cell(row["scores"].get(kind, {}).get(prefix + name), name) for kind in kinds) for name in names]
             closed, thin = ("yes", f"{row['thin_share']:.1f}") if row["closed"] else ("no", "")
-            text.append("| " + " | ".join([row["mesh"], str(row["resolution"]), closed, thin, *cells]) + " |")
+            text.append("| " + " | ".join([row["mesh"], str(row["resolution"]), closed, thin, f"{row['crease_share']:.1f}", *cells]) + " |")
         text.append("")
     text += ["## Worst of the closed meshes with less than 1 % of their area on walls under 2 voxels", ""]
     for resolution in sorted({row["resolution"] for row in rows}):
@@ -140,10 +154,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["python -m reference_model.evaluate_meshes", *(sys.argv[1:] if argv is None else argv)]
     settings: dict[str, Any] = {"command": " ".join(command), "samples": config.samples, "results": results is not None}
     settings["versions"] = ", ".join([f"Python {platform.python_version()}", *versions])
+    settings["config"] = {name: config[name] for name in config if name != "resolution"}
     out.mkdir(parents=True, exist_ok=True)
-    rows, left_out = [], []
-    for source in find_sources(paths["meshes"], exclude=out):
-        for resolution in [config.resolution] if isinstance(config.resolution, int) else config.resolution:
+    rows, left_out = _rows_before(out / "scores.json", settings)
+    resolutions = [config.resolution] if isinstance(config.resolution, int) else list(config.resolution)
+    done = {(row["mesh"], row["resolution"]) for row in rows + left_out}
+    for resolution in resolutions if results is None else resolutions[:1]:
+        for source in find_sources(paths["meshes"], exclude=out):
+            if (source.path.name, resolution) in done:
+                continue
             try:
                 result = None if results is None else _result_of(source.path, results)
                 rows.append(evaluate(source.path, result, resolution, config, out / "pictures" if config.pictures else None))
@@ -153,12 +172,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 scores = rows[-1]["scores"]["result"]
                 print(f"{source.path.name} at {resolution}: F1@.001 {scores['f1@0.001']:.2f}, area {scores['area_ratio']:.4f}", flush=True)
+            rows.sort(key=lambda row: (row["mesh"], row["resolution"]))
             document = {"settings": settings, "rows": rows, "left_out": left_out}
             (out / "scores.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
             (out / "scores.md").write_text(markdown(rows, settings), encoding="utf-8")
-            if results is not None:
-                break
     return int(not rows)
+
+
+def _rows_before(path: Path, settings: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and left-out meshes of an earlier run with these settings."""
+    if not path.exists():
+        return [], []
+    document = json.loads(path.read_text(encoding="utf-8"))
+    same = all(document["settings"].get(name) == settings[name] for name in ("config", "results", "samples", "versions"))
+    return (document["rows"], document["left_out"]) if same else ([], [])
 
 
 def _result_of(path: Path, results: Path) -> Path:

@@ -72,15 +72,16 @@ class Surface:
         near[near] = ~np.isnan(_distance(points[near], self.vertices, self.faces[: len(self.faces) - len(self.caps)], bound))
         return near
 
-    def to_any_face(self, points: np.ndarray, bound: float) -> np.ndarray:
-        """Distance [n] float64 from points [n,3] to `faces` and `within`; NaN beyond `bound`."""
-        distance = self.unsigned(points, bound)
-        return np.fmin(distance, _distance(points, self.vertices, self.within, bound)) if len(self.within) else distance
+    def to_within(self, points: np.ndarray, bound: float) -> np.ndarray:
+        """Distance [n] float64 from points [n,3] to `within`; NaN beyond `bound`."""
+        return _distance(points, self.vertices, self.within, bound)
 
     def near(self, points: np.ndarray, bound: float) -> np.ndarray:
-        """[n] bool: the solid's boundary may lie within `bound` of these points."""
-        near = ~np.isnan(self.to_any_face(points, bound))
-        return near | ~np.isnan(self.sheet_distance(points, bound)) if len(self.sheets) else near
+        """[n] bool: a face or a sheet's surface may lie within `bound` of these points."""
+        near = ~np.isnan(self.unsigned(points, bound))
+        for more in (self.to_within, self.sheet_distance):
+            near[~near] = ~np.isnan(more(points[~near], bound))
+        return near
 
     def signed(self, points: np.ndarray, bound: float) -> np.ndarray:
         """Signed distance [n] float64 of an exact surface, negative inside; NaN where it exceeds `bound` in magnitude."""
@@ -152,14 +153,11 @@ def resolve_surface(vertices: np.ndarray, faces: np.ndarray, thickness: float) -
     return Surface(bound_vertices, bound_faces, within, vertices, hull, sheets, thickness, False, caps, report | {"caps": str(len(caps))})
 
 
-
 def _distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound: float) -> np.ndarray:
     if len(faces) == 0:
         return np.full(len(points), np.nan)
     igl = optional_import("igl")
     return igl.signed_distance(points, vertices, faces, igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0, bound)[0]
-
-
 
 
 def _as_filed(turned: np.ndarray, faces: np.ndarray, patch: np.ndarray, area: np.ndarray) -> np.ndarray:
@@ -259,12 +257,10 @@ def _bounding_faces(surface: Surface, closed: bool) -> tuple[np.ndarray, np.ndar
     return vertices, np.concatenate(bound), np.concatenate(within), False
 
 
-
 def _winding_before(surface: Surface, vertices: np.ndarray, faces: np.ndarray, weights: list[tuple[float, float, float]]) -> np.ndarray:
     """[F,W] winding number just before the points of each face with these barycentric weights; just behind it is one more."""
     points = np.einsum("wk,fkd->fwd", np.array(weights), vertices[faces]) + _EPS * normals(vertices, faces)[:, None]
     return surface.winding(points.reshape(-1, 3)).reshape(len(faces), -1)
-
 
 
 def wall_thickness(surface: Surface, samples: int = 4096) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from reference_model.cli import optional_import
 from reference_model.closing import SEAM
 from reference_model.repair import Surface, resolve_surface
+from reference_model.specks import find_specks
 from reference_model.volume import BAND, CELL, TAU, Volume
 
 _CHUNK = 4096  # latents refined at once: 2M voxels, about 200 MB
@@ -78,8 +79,16 @@ def surface_to_volume(
         latents.append(part.astype(np.int32))
         inside.append(tile < 0)
         conflicts += torn
-    latent = np.concatenate(latents) if latents else np.zeros((0, 3), np.int32)
-    place = np.concatenate(places) if places else np.zeros(0, np.int64)
+    latent = np.concatenate([np.zeros((0, 3), np.int32), *latents])
+    place = np.concatenate([np.zeros(0, np.int64), *places])
+    value = np.concatenate([np.zeros(0, np.float32), *values])
+    sign = np.concatenate([np.zeros((0, CELL**3), np.bool_), *inside])
+    specks = 0
+    if not surface.exact and len(latent):
+        flip, specks = find_specks(latent, sign, resolution)
+        sign ^= flip
+        moved = flip.reshape(-1)[place]
+        value[moved] = np.copysign(np.maximum(np.abs(value[moved]), 1e-6), -value[moved])
     index = (place >> 9).astype(np.int32)
     child = np.stack(np.unravel_index(np.arange(CELL**3), (CELL,) * 3), 1).astype(np.int32)
     coords = (latent * CELL)[index]
@@ -88,16 +97,16 @@ def surface_to_volume(
     return Volume(
         resolution=resolution,
         coords=torch.from_numpy(coords),
-        values=torch.from_numpy(np.concatenate(values) if values else np.zeros(0, np.float32)),
+        values=torch.from_numpy(value),
         sharp=torch.from_numpy(sharp),
         latents=torch.from_numpy(latent),
         latent_index=torch.from_numpy(index),
-        inside=torch.from_numpy(np.concatenate(inside) if inside else np.zeros((0, CELL**3), np.bool_)),
+        inside=torch.from_numpy(sign),
         scale=scale,
         offset=offset,
         y_up=y_up,
         margin=margin,
-        meta={**surface.report, "sign_conflicts": str(conflicts), **(meta or {})},
+        meta={**surface.report, "sign_conflicts": str(conflicts), "specks": str(specks), **(meta or {})},
     )
 
 
@@ -159,7 +168,8 @@ def _distance_tiles(surface: Surface, cells: np.ndarray, resolution: int, reach:
     h = 2 / resolution
     bound = max(reach, h) * 1.001  # a voxel exactly tau away must know its own side
     measured = np.full(len(cells) * CELL**3, np.nan, np.float32)
-    measured[place] = surface.signed(points, bound) if surface.exact else surface.to_any_face(points, bound)
+    outer = surface.signed(points, bound) if surface.exact else surface.unsigned(points, bound)
+    measured[place] = np.fmin(outer, surface.to_within(points, bound)) if len(surface.within) else outer
     tile = measured.reshape(-1, CELL, CELL, CELL)
     joined = _joined(tile, bound, h)
     conflicts = 0
@@ -171,8 +181,7 @@ def _distance_tiles(surface: Surface, cells: np.ndarray, resolution: int, reach:
         conflicts = _disagreements(sign, joined)
     signed = np.copysign(np.where(np.isnan(tile), np.inf, tile), np.where(sign < 0, np.float32(-1), np.float32(1))).reshape(len(cells), -1)
     if len(surface.within):  # from outside the boundary is the nearest face; from inside it need not be
-        inner = np.flatnonzero(signed.reshape(-1)[place] < 0)
-        measured[place[inner]] = -surface.unsigned(points[inner], bound)
+        measured[place] = -outer
         signed = np.where(signed < 0, np.nan_to_num(measured.reshape(signed.shape), nan=-np.inf), signed)
     if len(surface.sheets):
         sheet = np.full(signed.size, np.inf, np.float32)

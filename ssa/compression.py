@@ -116,7 +116,12 @@ class ConvMean(nn.Module):
         """x [T, C] in packed order, table [m³, C] or None → [blocks, C]."""
         if table is not None:
             x = functional.add_position(x, table, block_slots(partition), impl=impl)
-        return functional.block_mean(self.conv(x, partition.neighbors, impl), partition.compression, impl=impl)
+        return functional.block_mean(self.conv(x, self.neighbors(partition), impl), partition.compression, impl=impl)
+
+    @staticmethod
+    def neighbors(partition: VoxelPartition) -> Tensor:
+        """The table of the partition that this compressor reads."""
+        return partition.neighbors
 
 
 class Direct3DS2V1(nn.Module):
@@ -131,6 +136,10 @@ class Direct3DS2V1(nn.Module):
         if table is not None:
             x = functional.add_position(x, table, block_slots(partition), impl=impl)
         return functional.segment_mean(self.act_layers(x), partition.compression.offsets, extra=1, impl=impl)
+
+    @staticmethod
+    def neighbors(partition: VoxelPartition) -> None:
+        """It reads none."""
 
 
 class Direct3DS2V2(nn.Module):
@@ -150,7 +159,7 @@ class Direct3DS2V2(nn.Module):
 
     def forward(self, x: Tensor, partition: VoxelPartition, table: Tensor | None = None, impl: str | None = None) -> Tensor:
         """x [T, C] in packed order, table [m³, C] or None → [blocks, C]."""
-        compression, neighbors = partition.compression, partition.block_neighbors
+        compression, neighbors = partition.compression, self.neighbors(partition)
         if table is None:
             skip = functional.segment_mean(x, compression.offsets, extra=1, impl=impl)
         else:
@@ -163,5 +172,14 @@ class Direct3DS2V2(nn.Module):
         h = norm(conv_in(h, neighbors, impl), compression.cu_blocks, impl)
         return skip + conv_out(h, neighbors, impl)
 
+    @staticmethod
+    def neighbors(partition: VoxelPartition) -> Tensor:
+        """The table of the partition that this compressor reads."""
+        return partition.block_neighbors
 
-COMPRESSORS = {"conv_mean": ConvMean, "direct3d_s2_v1": Direct3DS2V1, "direct3d_s2_v2": Direct3DS2V2}
+
+COMPRESSORS: dict[str, type[ConvMean] | type[Direct3DS2V1] | type[Direct3DS2V2]] = {
+    "conv_mean": ConvMean,
+    "direct3d_s2_v1": Direct3DS2V1,
+    "direct3d_s2_v2": Direct3DS2V2,
+}

@@ -104,8 +104,8 @@ class SpatialSparseAttention(nn.Module):
         return partition.unsort(self._forward_packed(partition.sort(x), partition))
 
     def partition(self, coords: Tensor, batch_size: int | None = None) -> VoxelPartition:
-        """The partition this layer needs."""
-        return partition_voxels(
+        """The partition this layer needs, with its neighbour table: the only sort and host synchronisation, to be shared by a stack."""
+        partition = partition_voxels(
             coords,
             compression_block_size=self.compression_block_size,
             selection_block_size=self.selection_block_size,
@@ -113,6 +113,8 @@ class SpatialSparseAttention(nn.Module):
             window_shift=self.window_shift,
             batch_size=batch_size,
         )
+        COMPRESSORS[self.compression].neighbors(partition)
+        return partition
 
     def project(self, x: Tensor, partition: VoxelPartition) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Packed x [T, hidden_size] → q [T,Hq,D], k, v [T,Hkv,D], k_cmp, v_cmp [C,Hkv,D]."""

@@ -13,6 +13,7 @@ so every grouping but a shifted or odd-sized window is "offsets into one order" 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -81,28 +82,36 @@ class VoxelPartition:
 
     @property
     def neighbors(self) -> Tensor:
-        """[T,27] int32: packed row of the voxel at + (dx, dy, dz), column (dx+1) + 3(dy+1) + 9(dz+1); −1 = none. Built on first use."""
-        if "neighbors" not in self._cache:
-            self._cache["neighbors"] = neighbor_table(self.coords, self.compression.size, self.selection.size)
-        return self._cache["neighbors"]
+        """[T,27] int32: packed row of the voxel at + (dx, dy, dz), column (dx+1) + 3(dy+1) + 9(dz+1); −1 = none. Built on first use.
+
+        `layer.partition` builds it. Built inside torch.compile it becomes part of the graph, and its being there a reason to compile again.
+        """
+        return self._kept("neighbors", lambda: neighbor_table(self.coords, self.compression.size, self.selection.size))
 
     @property
     def block_neighbors(self) -> Tensor:
         """[C,27] int32: as `neighbors`, between compression blocks."""
-        if "block_neighbors" not in self._cache:
-            ratio = self.selection.size // self.compression.size
-            self._cache["block_neighbors"] = neighbor_table(self.compression.coords, 1, ratio)
-        return self._cache["block_neighbors"]
+        ratio = self.selection.size // self.compression.size
+        return self._kept("block_neighbors", lambda: neighbor_table(self.compression.coords, 1, ratio))
 
     @property
     def fill_order(self) -> Tensor:
         """[S] int32: selection blocks of each sample by falling number of compression blocks, so that a tile of them wastes no work."""
-        if "fill_order" not in self._cache:
-            most = (self.selection.size // self.compression.size) ** 3
-            count = torch.diff(self.child_offsets.long())
-            key = self.selection.coords[:, 0].long() * (most + 1) + most - count
-            self._cache["fill_order"] = torch.argsort(key, stable=True).int()
-        return self._cache["fill_order"]
+        if torch.compiler.is_compiling():  # a look at the cache would compile again once it is filled, and sorting blocks is cheap
+            return self._fill_order()
+        return self._kept("fill_order", self._fill_order)
+
+    def _kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        if name not in self._cache:
+            self._cache[name] = build()
+            _mark_sizes(self._cache[name])
+        return self._cache[name]
+
+    def _fill_order(self) -> Tensor:
+        most = (self.selection.size // self.compression.size) ** 3
+        count = torch.diff(self.child_offsets.long())
+        key = self.selection.coords[:, 0].long() * (most + 1) + most - count
+        return torch.argsort(key, stable=True).int()
 
     def sort(self, x: Tensor) -> Tensor:
         """Rows [T, …] as given to `partition_voxels` → rows in packed order. Its gradient is `unsort`: gathers only."""
@@ -325,7 +334,7 @@ class _Permute(torch.autograd.Function):
 def _mark_sizes(*values: object) -> None:
     """Every batch has its own sizes: torch.compile is not to specialise on one, nor to take two that happen to be equal for one."""
     for x in values:
-        if isinstance(x, Tensor):
+        if isinstance(x, Tensor) and not torch.compiler.is_compiling():
             torch._dynamo.maybe_mark_dynamic(x, 0)
 
 

@@ -207,11 +207,9 @@ def test_autocast():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
 
 
-@pytest.mark.skipif(IMPL != "triton", reason="needs a GPU or Triton's interpreter")
-def test_compiles_whole_and_twice_at_most():
-    """Eight batches on a GPU, three under the interpreter: one graph each time, at most one more for sizes that change."""
+def compilations(layer, batches) -> int:
+    """Graphs that torch.compile(fullgraph=True) makes over the batches (x, coords); forward and backward equal the eager layer's."""
     torch._dynamo.reset()
-    layer = make(compression="direct3d_s2_v2" if not CUDA else "conv_mean")
     graphs = []
 
     def backend(graph, inputs):
@@ -219,17 +217,49 @@ def test_compiles_whole_and_twice_at_most():
         return torch._dynamo.lookup_backend("inductor" if CUDA else "aot_eager")(graph, inputs)
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    for seed, count in enumerate((12, 16, 21, 150, 77, 100, 131, 64)[: 8 if CUDA else 3]):
-        x, coords = voxels((count, count // 3), seed, 10 if CUDA else 5)
+    for i, (x, coords) in enumerate(batches):
         partition = layer.partition(coords)
         leaf = x.clone().requires_grad_()
+        if i == 0:
+            compiled(leaf, partition)  # a second step on one partition is no new batch
         y = compiled(leaf, partition)
         (got,) = torch.autograd.grad(y.sin().sum(), leaf)
         eager = layer(leaf, partition)
         (want,) = torch.autograd.grad(eager.sin().sum(), leaf)
         assert (y - eager).abs().max() <= 1e-5 * eager.abs().max()
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()
-    assert len(graphs) <= 2
+    return len(graphs)
+
+
+@pytest.mark.skipif(IMPL != "triton", reason="needs a GPU or Triton's interpreter")
+def test_compiles_whole_and_twice_at_most():
+    """Eight batches on a GPU, three under the interpreter: one graph each time, at most one more for sizes that change."""
+    counts = (12, 16, 21, 150, 77, 100, 131, 64)[: 8 if CUDA else 3]
+    batches = [voxels((count, count // 3), seed, 10 if CUDA else 5) for seed, count in enumerate(counts)]
+    assert compilations(make(compression="direct3d_s2_v2" if not CUDA else "conv_mean"), batches) <= 2
+
+
+@pytest.mark.skipif(IMPL != "triton", reason="needs a GPU or Triton's interpreter")
+@pytest.mark.parametrize("compression", list(COMPRESSORS) if CUDA else ["conv_mean"])
+def test_compiles_twice_at_most_where_sizes_coincide(compression):
+    """Two batches of one sample whose voxels, blocks and windows number the same, then all differ, the samples too."""
+
+    def lone(count):
+        coords = torch.tensor([[0, 4 * i, 0, 0] for i in range(count)], device=DEVICE)
+        return torch.randn(count, HIDDEN, device=DEVICE), coords
+
+    batches = [lone(3), lone(5), voxels((14, 6), 0, 5), *[voxels((c, c // 2, 3), c, 10) for c in (60, 31) if CUDA]]
+    sizes = [(p.num_tokens, len(p.compression), len(p.selection), p.batch_size) for p in (make().partition(c) for _, c in batches)]
+    assert sizes[:2] == [(3, 3, 3, 1), (5, 5, 5, 1)] and len(set(sizes[2])) == 4
+    assert compilations(make(compression=compression), batches) <= 2
+
+
+@pytest.mark.parametrize("compression", list(COMPRESSORS))
+def test_the_partition_of_a_layer_has_its_tables(compression):
+    """Else a compiled layer would build them in its graph, and be compiled again for the next step on that partition."""
+    partition = make(compression=compression).partition(voxels()[1])
+    tables = {"conv_mean": {"neighbors"}, "direct3d_s2_v1": set(), "direct3d_s2_v2": {"block_neighbors"}}
+    assert set(partition._cache) == tables[compression]
 
 
 if CUDA:

@@ -162,7 +162,7 @@ if CUDA:
         assert extra < 2**30, f"{extra / 2**20:.0f} MiB"
 
     def least_milliseconds(fn, bound: float) -> float:
-        """The quickest call, host and device together: other processes may share the GPU, so calls go on until one keeps the bound (30 s)."""
+        """The quickest call, host and device together: others may share the GPU, so calls go on until one keeps the bound (30 s)."""
         least, deadline = float("inf"), time.monotonic() + 30
         while least > bound and time.monotonic() < deadline:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -70,8 +70,8 @@ def test_a_box_on_the_grid_is_closed(resolution: int, at: str) -> None:
     volume = mesh_to_volume(vertices, faces, resolution)
     mesh = extracted(volume)
     assert mesh.is_watertight and mesh.body_count == 1 and mesh.euler_number == 2
-    edges = 8 * half.sum()  # marching cubes cut less than half a voxel's square off each
-    assert 8 * half.prod() - edges * 2 / resolution**2 < mesh.volume < 8 * half.prod()
+    edges = 8 * half.sum()  # marching cubes cut less than a voxel's square off each
+    assert 8 * half.prod() - edges * 4 / resolution**2 < mesh.volume < 8 * half.prod()
     s = box_distance(voxel_centers(volume.coords.double(), resolution).numpy(), 2 * half, 0)
     np.testing.assert_allclose(volume.values.numpy(), s / TAU, atol=2e-6)
     assert volume.values.abs().max() <= 1

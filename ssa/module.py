@@ -56,26 +56,29 @@ class SpatialSparseAttention(nn.Module):
         super().__init__()
         sizes = dict(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, topk=topk, window_size=window_size)
         sizes.update(compression_block_size=compression_block_size, selection_block_size=selection_block_size)
-        for name, value in sizes.items():
+        for name, value in [*sizes.items(), ("window_shift", window_shift), ("head_dim", 1 if head_dim is None else head_dim)]:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
+            if value < 1 and name in sizes:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads, got {num_heads=}, {num_kv_heads=}")
+        if num_heads % num_kv_heads or num_heads // num_kv_heads > 32:
+            raise ValueError(f"num_kv_heads must divide num_heads, at most 32 times, got {num_heads=}, {num_kv_heads=}")
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"num_heads must divide hidden_size unless head_dim is given, got {hidden_size=}, {num_heads=}")
+        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        if head_dim % 8 or not 16 <= head_dim <= 128:
+            raise ValueError(f"head_dim must be a multiple of 8 from 16 to 128, got {head_dim}")
         if selection_block_size % compression_block_size:
             got = f"{compression_block_size=}, {selection_block_size=}"
             raise ValueError(f"compression_block_size must divide selection_block_size, got {got}")
         if not 0 <= window_shift < window_size:
             raise ValueError(f"0 <= window_shift < window_size, got {window_shift=}, {window_size=}")
-        if compression not in COMPRESSORS:
+        if compression not in tuple(COMPRESSORS):
             raise ValueError(f"compression must be one of {sorted(COMPRESSORS)}, got {compression!r}")
         if impl not in (None, "triton", "torch", "naive"):
             raise ValueError(f'impl must be "triton", "torch", "naive" or None, got {impl!r}')
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
-        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.head_dim = head_dim
         self.compression_block_size, self.selection_block_size = compression_block_size, selection_block_size
         self.topk, self.window_size, self.window_shift = topk, window_size, window_shift
         self.compression, self.impl = compression, impl
@@ -137,8 +140,10 @@ class SpatialSparseAttention(nn.Module):
         return self.proj_o(o.flatten(1))
 
     def _forward_sparse(self, x: Any) -> Any:
-        if not (hasattr(x, "feats") and hasattr(x, "coords")):
-            raise TypeError(f"without coords or a partition, x must have .feats and .coords, got {type(x).__name__}")
+        if not all(hasattr(x, name) for name in ("feats", "coords", "replace")):
+            raise TypeError(f"without coords or a partition, x must have .feats and .coords and .replace, got {type(x).__name__}")
+        if not isinstance(x.coords, Tensor):
+            raise TypeError(f"coords must be a torch.Tensor [T, 4], got {type(x.coords).__name__}")
         self._check_input(x.feats, x.coords.shape[0], x.coords.device)
         partition = self._cached_partition(x)
         y = self._forward_packed(partition.sort(x.feats), partition)
@@ -199,6 +204,9 @@ def explain(layer: SpatialSparseAttention, x: Tensor, partition: VoxelPartition,
         valid ones first and ascending, −1 after; compression weights [Hq, C] fp32 (or wider), the softmax over the compression
         blocks of the query's sample, 0 in other samples.
     """
+    for name, value, kind in (("layer", layer, SpatialSparseAttention), ("partition", partition, VoxelPartition), ("query", query, int)):
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
     layer._check_partition(partition)
     layer._check_input(x, partition.num_tokens, partition.device)
     if not 0 <= query < partition.num_tokens:

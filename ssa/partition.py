@@ -103,7 +103,8 @@ class VoxelPartition:
 
     def _kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         if name not in self._cache:
-            self._cache[name] = build()
+            with torch.inference_mode(False):  # a table first needed in evaluation must serve training too
+                self._cache[name] = build()
             _mark_sizes(self._cache[name])
         return self._cache[name]
 
@@ -155,6 +156,8 @@ class VoxelPartition:
         return VoxelPartition(**{k.name: move(getattr(self, k.name)) for k in dataclasses.fields(self)})
 
     def _check_rows(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
         if x.shape[:1] != (self.num_tokens,):
             raise ValueError(f"x must have one row per voxel: {x.shape=} but the partition has {self.num_tokens} voxels")
         if x.device != self.device:

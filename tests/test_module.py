@@ -293,6 +293,19 @@ if CUDA:
         assert torch.equal(y, want) and torch.equal(dx, torch.autograd.grad(want.sin().sum(), leaf)[0])
 
 
+def test_a_partition_first_used_in_evaluation_serves_training():
+    """The tables of its first use are no inference tensors, which autograd could not save."""
+    x, coords = voxels()
+    for compression in COMPRESSORS:
+        layer = make(compression=compression)
+        partition = ssa.partition_voxels(coords, compression_block_size=2, selection_block_size=4, window_size=4)
+        with torch.inference_mode():
+            want = layer(x, partition)
+        y = layer(x, partition)
+        y.sum().backward()
+        assert torch.equal(y, want)
+
+
 def test_copies_and_state():
     layer, other = make(seed=1), make(seed=2)
     other.load_state_dict(layer.state_dict())
@@ -335,7 +348,16 @@ def test_explain_shows_what_the_query_read(window_shift):
         (dict(selection_block_size=6), ValueError, "compression_block_size must divide selection_block_size"),
         (dict(topk=0), ValueError, "topk must be at least 1"),
         (dict(topk=2.0), TypeError, "topk must be an int"),
+        (dict(num_heads=64, num_kv_heads=1, head_dim=16), ValueError, "at most 32 times"),
+        (dict(num_heads=8), ValueError, "head_dim must be a multiple of 8 from 16 to 128, got 8"),
+        (dict(head_dim=20), ValueError, "head_dim must be a multiple of 8 from 16 to 128, got 20"),
+        (dict(head_dim=0), ValueError, "head_dim must be a multiple of 8 from 16 to 128, got 0"),
+        (dict(head_dim=136), ValueError, "head_dim must be a multiple of 8 from 16 to 128, got 136"),
+        (dict(head_dim=16.0), TypeError, "head_dim must be an int"),
         (dict(window_shift=8), ValueError, "0 <= window_shift < window_size"),
+        (dict(window_shift=-1), ValueError, "0 <= window_shift < window_size"),
+        (dict(window_shift=1.5), TypeError, "window_shift must be an int"),
+        (dict(compression=["conv_mean"]), ValueError, "compression must be one of"),
         (dict(compression="mean"), ValueError, "compression must be one of"),
         (dict(impl="cuda"), ValueError, "impl must be"),
     ],
@@ -373,3 +395,13 @@ def test_bad_calls_are_named():
             layer(*arguments)
     with pytest.raises(ValueError, match="query must be a row"):
         ssa.explain(layer, fits.sort(x), fits, len(x))
+    for match, arguments in {
+        "layer must be": (torch.nn.Linear(2, 2), x, fits, 0),
+        "partition must be": (layer, x, coords, 0),
+        "query must be of type int, got float": (layer, x, fits, 1.0),
+        "query must be of type int, got bool": (layer, x, fits, True),
+    }.items():
+        with pytest.raises(TypeError, match=match):
+            ssa.explain(*arguments)
+    with pytest.raises(TypeError, match="coords must be a torch.Tensor"):
+        layer(Sparse(x, coords.tolist()))

@@ -254,6 +254,8 @@ def test_bad_rows_and_windows():
         p.sort(draw(4, 2))
     with pytest.raises(ValueError, match=r"3 voxels"):
         p.unsort(draw(2, 2))
+    with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
+        p.sort([1, 2, 3])
     with pytest.raises(ValueError, match="window_shift=3, window_size=3"):
         p.with_window(3, 3)
     with pytest.raises(TypeError, match="'4'"):

@@ -22,7 +22,11 @@ from reference_model.resample import resample
 from reference_model.symmetry import apply_symmetry
 from reference_model.volume import Volume, load_volume, save_volume, without_margin
 
-_PATIENCE = 200  # draws in a row that may be too large
+_PATIENCE = 200  # draws in a row that may be of no use
+
+
+class DrawError(ValueError):
+    """What was drawn makes no volume; the next draw may."""
 
 
 class Source(Protocol):
@@ -33,7 +37,7 @@ class Source(Protocol):
         """Text that changes with what can be drawn."""
 
     def draw(self, rng: np.random.Generator, resolution: int) -> Volume:
-        """One volume of this resolution, chosen by rng alone."""
+        """One volume of this resolution, chosen by rng alone; DrawError where the choice makes none."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +84,18 @@ class ShapeSource:
         return self.make(family, self.first + int(rng.integers(self.count)), resolution)
 
     def make(self, family: str, seed: int, resolution: int) -> Volume:
-        """Volume of (family, seed), from the cache where it lies there."""
+        """Volume of (family, seed), from the cache where it lies there; DrawError where there is none."""
         from reference_model.sdf import mesh_to_volume
         from reference_model.shapes import make_shape
 
         path = self.cache / f"{family}_{seed:06d}_{resolution}.safetensors" if self.cache else None
         if path and path.exists():
             return load_volume(path)
-        shape = make_shape(family, seed)
-        volume = mesh_to_volume(shape.vertices, shape.faces, resolution, meta={"source": f"{family}_{seed:06d}"})
+        try:
+            shape = make_shape(family, seed)
+            volume = mesh_to_volume(shape.vertices, shape.faces, resolution, meta={"source": f"{family}_{seed:06d}"})
+        except ValueError as error:
+            raise DrawError(f"{family} {seed} at {resolution}: {error}") from error
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".{os.getpid()}.{path.name}")  # workers may make the same shape at once
@@ -109,7 +116,8 @@ class BatchStream(Dataset[VolumeBatch]):
     """Item `number` is a batch of one of the `resolutions`, each as likely; its volumes come from `sources` with their weights.
 
     Volumes are added until the batch holds at least `tokens`: which ones are drawn does not depend on their size, as it would if the last
-    had to fit. Volumes of more than `max_tokens` are dropped and counted, so a batch has less than tokens + max_tokens.
+    had to fit. Volumes of more than `max_tokens` are dropped and counted, so a batch has less than tokens + max_tokens; so are draws that
+    make no volume. ValueError when nothing else comes.
     """
 
     sources: Sequence[tuple[Source, float]]
@@ -140,14 +148,18 @@ class BatchStream(Dataset[VolumeBatch]):
         held = dropped = in_a_row = 0
         while held < self.tokens:
             source, _ = self.sources[int(rng.choice(len(weights), p=weights / weights.sum()))]
-            volume = source.draw(rng, resolution)
-            if not 0 < len(volume.latents) <= self.max_tokens:
+            try:
+                volume = source.draw(rng, resolution)
+                tokens, reason = len(volume.latents), f"{len(volume.latents)} tokens of {self.max_tokens=}"
+            except DrawError as error:
+                tokens, reason = 0, str(error)
+            if not 0 < tokens <= self.max_tokens:
                 dropped, in_a_row = dropped + 1, in_a_row + 1
                 if in_a_row == _PATIENCE:
-                    raise ValueError(f"{_PATIENCE} volumes in a row have no token or more than {self.max_tokens=} at {resolution=}")
+                    raise ValueError(f"{_PATIENCE} draws in a row at {resolution=} cannot be used, the last one for {reason}")
                 continue
             volumes.append(apply_symmetry(volume, int(rng.integers(48))) if self.symmetries else volume)
-            held, in_a_row = held + len(volume.latents), 0
+            held, in_a_row = held + tokens, 0
         return replace(collate_volumes(volumes), dropped=dropped)
 
     def loader(self, start: int, workers: int, ahead: int = 2) -> Iterator[VolumeBatch]:

@@ -75,8 +75,25 @@ def test_weights_of_sources_and_hash() -> None:
     assert mixed.data_hash() == replace(mixed, seed=9, tokens=5).data_hash() != replace(mixed, resolutions=(128,)).data_hash()
     with pytest.raises(ValueError, match="sources need weights"):
         replace(mixed, sources=[(Numbered((1,)), 0.0)])
-    with pytest.raises(ValueError, match="200 volumes in a row"):
-        replace(STREAM, max_tokens=0 + 1, sources=[(Numbered((2, 3)), 1.0)])[0]
+    with pytest.raises(ValueError, match="200 draws in a row at resolution=64 .* of self.max_tokens=1"):
+        replace(STREAM, resolutions=(64,), max_tokens=1, sources=[(Numbered((2, 3)), 1.0)])[0]
+
+
+def test_draws_that_make_no_volume_are_counted(monkeypatch) -> None:
+    from reference_model import shapes
+
+    def make_shape(family: str, seed: int):
+        if family == "tray":
+            raise ValueError("makes no closed solid")
+        return original(family, seed)
+
+    original = shapes.make_shape
+    monkeypatch.setattr(shapes, "make_shape", make_shape)
+    stream = BatchStream([(ShapeSource(("tray", "bracket"), 1), 1.0)], (64,), tokens=800, max_tokens=10**6)
+    batch = stream[1]
+    assert batch.counts["dropped"] > 0 and {m["source"] for m in batch.meta} == {"bracket_000000"}
+    with pytest.raises(ValueError, match="200 draws in a row .* tray 0 at 64: makes no closed solid"):
+        replace(stream, sources=[(ShapeSource(("tray",), 1), 1.0)])[0]
 
 
 def prepared(volume: Volume, path, name: str) -> PreparedVolume:

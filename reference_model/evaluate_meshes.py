@@ -22,31 +22,28 @@ from reference_model.cameras import bounding_radius, metric_cameras
 from reference_model.cli import optional_import, parse
 from reference_model.extract import extract_mesh
 from reference_model.meshes import SUFFIXES, MeshError, load_mesh, normalize
-from reference_model.metrics import THRESHOLDS, Surface, compare
+from reference_model.metrics import Surface, compare
 from reference_model.render import on_background, to_bytes
-from reference_model.sdf import mesh_to_volume, sharp_edges
+from reference_model.repair import resolve_surface, wall_thickness
+from reference_model.score_tables import markdown
+from reference_model.sdf import sharp_edges, sheet_thickness, surface_to_volume
 from reference_model.sources import find_sources
-
-_COLUMNS = {
-    "f1@0.001": ("F1@.001", 1.0, 2), "f1@0.0002": ("F1@2e-4", 1.0, 2), "f1@0.005": ("F1@.005", 1.0, 2), "f1@0.01": ("F1@.01", 1.0, 2),
-    "chamfer": ("Chamfer e-4", 1e4, 3), "normal_consistency": ("normals %", 1.0, 2), "area_ratio": ("area", 1.0, 4),
-    "components": ("pieces", 1, 0), "genus": ("genus", 1, 0),
-    "sharp_edge_error": ("sharp edges e-4", 1.0, 1), "normal_psnr": ("PSNR-N dB", 1.0, 1),
-}  # fmt: skip
-_PICTURE_SCORES = ("sharp_edge_error", "normal_psnr")
 
 
 def round_trip(unit: NDArray, faces: NDArray, resolution: int, thickness: float | None, grid: int) -> tuple[Surface, dict[str, Any]]:
     """The surface of a mesh's volume, both in the unit cube, and what was counted and timed on the way."""
-    start = time.perf_counter()
-    volume = mesh_to_volume(unit, faces, resolution, thickness=thickness)
-    built = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
+    solid = resolve_surface(unit, faces, sheet_thickness(resolution) if thickness is None else thickness)
+    volume = surface_to_volume(solid, resolution)
+    built, built_cpu = time.perf_counter(), time.process_time()
     vertices, out_faces, report = extract_mesh(volume.coords, volume.values, resolution, volume.inside)
     if len(out_faces) == 0:
         raise MeshError(f"no surface left at {resolution=}")
     facts = {
         "voxels": len(volume.coords), "latents": len(volume.latents), "seconds_build": round(built - start, 2),
+        "cpu_seconds_build": round(built_cpu - start_cpu, 2), "cpu_seconds_extract": round(time.process_time() - built_cpu, 2),
         "seconds_extract": round(time.perf_counter() - built, 2), "missing_corners": report.missing_corners,
+        "thin_walls": 100.0 * float((wall_thickness(solid, 20_000) < 4.0 / resolution).mean()),
         "disagreeing_cells": report.disagreeing_cells, "open_vertices": report.open_vertices, **volume.meta,
     }  # fmt: skip
     return Surface(vertices.cpu().numpy(), out_faces.cpu().numpy(), grid), facts
@@ -72,6 +69,8 @@ def evaluate(path: Path, result: Path | None, resolution: int, config: Any, pict
         shown["result"] = Surface(other.vertices * scale + offset, other.faces, config.grid)
         if config.ceiling:
             shown["ceiling"], row["round_trip"] = round_trip(unit, mesh.faces, resolution, config.thickness, config.grid)
+    if not closed and "round_trip" in row:
+        row["thin_share"] = row["round_trip"]["thin_walls"]
     scored = {**shown, "floor": truth}
     del scored["truth"]
     row["scores"] = {name: compare(truth, surface, config.samples, config.seed, config.size) for name, surface in scored.items()}
@@ -118,34 +117,6 @@ def save_side_by_side(surfaces: Mapping[str, Surface], path: Path, title: str, s
     sheet.save(path)
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    """The tables: all surfaces, outer surfaces, and the worst of the closed meshes whose walls the grid can hold."""
-    kinds = [kind for kind in ("result", "ceiling", "floor") if any(kind in row["scores"] for row in rows)]
-    text = ["# Meshes: " + ("given results" if settings["results"] else "there and back without a network"), ""]
-    text += [f"`{settings['command']}`", "", f"{settings['versions']}; {settings['samples']:,} points each way, point to surface.", ""]
-    text += [f"A cell is {' / '.join(kinds)}; the floor is the true mesh against itself.", ""]
-    text += ["thin: area with walls under 2 voxels; creased: area within a voxel of an edge bent by over 30 degrees.", ""]
-    for prefix, title in (("", "All surfaces"), ("outer_", "Outer surface only")):
-        names = [name for name in _COLUMNS if not (prefix and name in _PICTURE_SCORES)]
-        text += [f"## {title}", "", "| mesh | R | closed | thin % | creased % | " + " | ".join(_COLUMNS[name][0] for name in names) + " |"]
-        text += ["|---|---:|---|---:|---:|" + "---|" * len(names)]
-        for row in rows:
-            cells = [" / ".join(_cell(row["scores"].get(kind, {}).get(prefix + name), name) for kind in kinds) for name in names]
-            closed, thin = ("yes", f"{row['thin_share']:.1f}") if row["closed"] else ("no", "")
-            text.append("| " + " | ".join([row["mesh"], str(row["resolution"]), closed, thin, f"{row['crease_share']:.1f}", *cells]) + " |")
-        text.append("")
-    text += ["## Worst of the closed meshes with less than 1 % of their area on walls under 2 voxels", ""]
-    for resolution in sorted({row["resolution"] for row in rows}):
-        held = [r for r in rows if r["resolution"] == resolution and r["closed"] and r["thin_share"] < 1.0]
-        if held:
-            scores = [r["scores"]["result"] for r in held]
-            worst = [f"F1@{t:g} {min(s[f'f1@{t}'] for s in scores):.2f}" for t in THRESHOLDS]
-            area = [s["area_ratio"] for s in scores]
-            worst += [f"normals {min(s['normal_consistency'] for s in scores):.2f}", f"area {min(area):.4f}-{max(area):.4f}"]
-            text.append(f"- {resolution} ({len(held)} meshes): {', '.join(worst)}")
-    return "\n".join(text) + "\n"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 where nothing could be scored."""
     config, paths = parse("evaluate_meshes", ("meshes", "results", "out"), argv, required=("meshes", "out"))
@@ -154,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["python -m reference_model.evaluate_meshes", *(sys.argv[1:] if argv is None else argv)]
     settings: dict[str, Any] = {"command": " ".join(command), "samples": config.samples, "results": results is not None}
     settings["versions"] = ", ".join([f"Python {platform.python_version()}", *versions])
-    settings["config"] = {name: config[name] for name in config if name != "resolution"}
+    settings["config"] = {name: config[name] for name in config if name not in ("resolution", "cad")}
+    settings["cad"] = list(config.cad)
     out.mkdir(parents=True, exist_ok=True)
     rows, left_out = _rows_before(out / "scores.json", settings)
     resolutions = [config.resolution] if isinstance(config.resolution, int) else list(config.resolution)
@@ -175,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.sort(key=lambda row: (row["mesh"], row["resolution"]))
             document = {"settings": settings, "rows": rows, "left_out": left_out}
             (out / "scores.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-            (out / "scores.md").write_text(markdown(rows, settings), encoding="utf-8")
+            (out / "scores.md").write_text(markdown(rows, left_out, settings), encoding="utf-8")
     return int(not rows)
 
 
@@ -195,11 +167,6 @@ def _result_of(path: Path, results: Path) -> Path:
     if len(found) != 1:
         raise MeshError(f"{results} holds {len(found)} meshes of that stem, one is needed")
     return found[0]
-
-
-def _cell(value: float | None, name: str) -> str:
-    _, factor, digits = _COLUMNS[name]
-    return "–" if value is None else f"{value * factor:.{digits}f}"
 
 
 def _used_rows(pictures: Sequence[NDArray], margin: int = 16) -> slice:

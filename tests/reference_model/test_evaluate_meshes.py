@@ -11,7 +11,7 @@ pytest.importorskip("embreex")
 pytest.importorskip("igl")
 pytest.importorskip("hydra")
 
-from reference_model import evaluate_meshes  # noqa: E402
+from reference_model import evaluate_meshes, score_tables  # noqa: E402
 from reference_model.meshes import save_mesh  # noqa: E402
 
 QUICK = ["samples=10000", "size=96", "grid=48"]
@@ -56,7 +56,47 @@ def test_round_trip_table(tmp_path):
         coarse, fine = (rows[name, r]["scores"]["result"] for r in (256, 320))
         assert fine["chamfer"] < 0.9 * coarse["chamfer"]
     text = (out / "scores.md").read_text(encoding="utf-8")
-    assert text.count("\n| rod.obj | 256 | yes | 0.0 |") == 2 and "320 (2 meshes)" in text and f"meshes={source}" in text
+    assert text.count("\n| rod.obj | 256 | yes | 0.0 |") == 2 and f"meshes={source}" in text
+    assert "| broken.off | empty file |" in text and "## Goals" not in text and "## Repaired" not in text
+    assert rows["rod.obj", 256]["crease_share"] == 0
+    # the tape along the edges of the box, one voxel wide on either side
+    tape = 8 * (3 + 0.5 + 0.4) * (2 / 256) / (1.9 / 3)
+    assert rows["box.glb", 256]["crease_share"] == pytest.approx(100 * tape / (2 * (1.5 + 1.2 + 0.2)), rel=0.1)
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    save_mesh(source / "a.ply", *ball())
+    arguments = [f"meshes={source}", f"out={out}", "pictures=false", *QUICK]
+    assert evaluate_meshes.main([*arguments, "resolution=64"]) == 0
+    _, first = scores_of(out)
+    vertices, faces = ball()
+    save_mesh(source / "b.ply", vertices, faces[vertices[faces].mean(1)[:, 2] < 14.0])  # open at the top
+    (source / "c.off").write_bytes(b"")
+    asked = []
+    evaluate = evaluate_meshes.evaluate
+    monkeypatch.setattr(evaluate_meshes, "evaluate", lambda path, *rest: asked.append((path.name, rest[1])) or evaluate(path, *rest))
+    for _ in range(2):
+        assert evaluate_meshes.main([*arguments, "resolution=[64,72]"]) == 0
+    assert asked == [("b.ply", 64), ("c.off", 64), ("a.ply", 72), ("b.ply", 72), ("c.off", 72)]
+    document, rows = scores_of(out)
+    assert list(rows) == [("a.ply", 64), ("a.ply", 72), ("b.ply", 64), ("b.ply", 72)] and rows["a.ply", 64] == first["a.ply", 64]
+    text = (out / "scores.md").read_text(encoding="utf-8")
+    assert "\n| b.ply | 64 | 1 (1) |" in text and "\n| a.ply | 64 | 1 (0) |" not in text and text.count("| c.off |") == 1
+    assert evaluate_meshes.main([*arguments, "resolution=64", "seed=1"]) == 0  # other settings: all again
+    assert asked[5:] == [("a.ply", 64), ("b.ply", 64), ("c.off", 64)]
+
+
+def test_verdicts_name_what_falls_short():
+    score = {"f1@0.001": 99.5, "f1@0.0002": 97.5, "normal_consistency": 99.5, "area_ratio": 0.995}
+    row = {"mesh": "m", "resolution": 512, "closed": True, "thin_share": 0.2, "crease_share": 3.0, "scores": {"result": score}}
+    assert score_tables._verdict(row, cad=True) == "holds"
+    assert score_tables._verdict(row, cad=False) == "short: normals % 99.50 < 99.8"
+    score |= {"f1@0.0002": 96.0, "area_ratio": 0.98}
+    assert score_tables._verdict(row, cad=True) == "short: F1@2e-4 96.00 < 97, area 0.9800"
+    assert score_tables._verdict({**row, "thin_share": 1.5}, cad=True).startswith("thin: ")
+    assert score_tables._verdict({**row, "resolution": 1024}, cad=True).startswith("short: F1@.001 99.50 < 99.9")
 
 
 def test_given_results_are_scored_in_the_frame_of_the_truth(tmp_path):

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ssa
-from reference_model.vae_blocks import ReleasedUpBlock, UpBlock, position_code
+from reference_model.vae_blocks import ReleasedUpBlock, SubpixelUpBlock, UpBlock, position_code
 from reference_model.vae_encoder import attend, attention_blocks
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 
 if TYPE_CHECKING:
     from reference_model.vae import VAEConfig
 
-HALO = 3  # latents: the released form reaches 8 + 4 + 4 + 2 + 2 + 1 = 21 voxels, the symmetric one 4 + 4 + 2 + 2 + 1 + 1 = 14
+HALO = 3  # latents: the released form reaches 8 + 4 + 4 + 2 + 2 + 1 = 21 voxels, the others 4 + 4 + 2 + 2 + 1 + 1 = 14
 EDGES = (2, 4, 8)
 
 
@@ -28,7 +28,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = (config.hidden_size, *reversed(config.channels))
-        block = UpBlock if config.decoder == "symmetric" else ReleasedUpBlock
+        block = {"symmetric": UpBlock, "subpixel": SubpixelUpBlock, "released": ReleasedUpBlock}[config.decoder]
         self.checkpointing = False
         self.linear = nn.Linear(config.latent_channels, config.hidden_size)
         self.blocks = attention_blocks(config)

@@ -26,6 +26,8 @@ def forward_flops(model: SparseVAE, plan: EncoderPlan, partitions: tuple[ssa.Vox
         fine = Level(edge, latents, coarse.latent_neighbors)
         if c.decoder == "symmetric":
             total += 2 * fine.count_pairs() * (a * b + b * b) + 2 * len(coarse) * a * b
+        elif c.decoder == "subpixel":
+            total += 4 * fine.count_pairs() * b * b + 2 * len(coarse) * a * 16 * b
         else:
             total += 2 * coarse.count_pairs() * a * b + 2 * fine.count_pairs() * b * b
         coarse = fine

@@ -15,7 +15,7 @@ from reference_model.symmetry import apply_symmetry
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_loss import kl_divergence, make_targets, reconstruction_terms
 
-FORMS = [dict(decoder=d, pooling=p) for d, p in (("symmetric", "mean"), ("released", "released"))]
+FORMS = [dict(decoder=d, pooling=p) for d, p in (("symmetric", "mean"), ("subpixel", "mean"), ("released", "released"))]
 TERMS = {"in": 1.0, "ext": 0.1, "sharp": 1.0, "kl": 1e-3}
 
 

@@ -16,6 +16,7 @@ from reference_model.vae_blocks import (
     Pool,
     ReleasedUpBlock,
     SampleGroupNorm,
+    SubpixelUpBlock,
     UpBlock,
     position_code,
 )
@@ -107,7 +108,7 @@ def test_down_block(pooling, more):
     close(got, h + block.skip(pool(x)))
 
 
-@pytest.mark.parametrize("kind", [UpBlock, ReleasedUpBlock])
+@pytest.mark.parametrize("kind", [UpBlock, SubpixelUpBlock, ReleasedUpBlock])
 def test_up_block(kind):
     coarse = random_level(2, 0.5, count=6)
     fine = Level.of(coarse.latents, coarse.latent_neighbors, 4, active_children(coarse))
@@ -124,6 +125,16 @@ def test_up_block(kind):
         h = conv(block.conv1, F.silu(F.layer_norm(x, (6,), block.norm1.weight, block.norm1.bias))[parent], fine)
         h = conv(block.conv2, F.silu(F.layer_norm(h, (10,), block.norm2.weight, block.norm2.bias)), fine)
         expected = h + F.linear(x[parent], block.skip.weight, block.skip.bias)
+    elif kind is SubpixelUpBlock:
+        child = torch.tensor([4 * (i % 2) + 2 * (j % 2) + k % 2 for _, i, j, k in fine.coords.tolist()])
+
+        def spread(module, v):
+            weight, bias = module.weight.view(8, 10, -1)[child], module.bias.view(8, 10)[child]
+            return torch.einsum("noi,ni->no", weight, v[parent]) + bias
+
+        h = conv(block.conv1, spread(block.spread, F.silu(F.layer_norm(x, (6,), block.norm1.weight, block.norm1.bias))), fine)
+        h = conv(block.conv2, F.silu(F.layer_norm(h, (10,), block.norm2.weight, block.norm2.bias)), fine)
+        expected = h + spread(block.skip, x)
     else:
         expected = F.silu(conv(block.conv2, F.silu(conv(block.conv1, x, coarse))[parent], fine))
     close(block(x, coarse, fine), expected)

@@ -19,7 +19,7 @@ def torus_latents():
     return shapes()[2].latents
 
 
-@pytest.mark.parametrize("decoder", ["symmetric", "released"])
+@pytest.mark.parametrize("decoder", ["symmetric", "subpixel", "released"])
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_chunks_change_nothing(decoder, chunk, torus_latents):
     model = tiny_model(decoder=decoder)
@@ -31,7 +31,7 @@ def test_chunks_change_nothing(decoder, chunk, torus_latents):
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[2], parts[2])
 
 
-@pytest.mark.parametrize("decoder", ["symmetric", "released"])
+@pytest.mark.parametrize("decoder", ["symmetric", "subpixel", "released"])
 def test_the_halo_is_needed(decoder, torus_latents, monkeypatch):
     monkeypatch.setattr("reference_model.vae_decode.HALO", 0)
     model = tiny_model(decoder=decoder)

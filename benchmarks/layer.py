@@ -74,8 +74,8 @@ class Bench:
             k_cmp = layer.compression_key(k, partition, layer.intra_block_pe.flatten(0, 2), layer.impl)
             return torch.cat([k_cmp, layer.compression_value(v, partition, None, layer.impl)])
 
-        blocks = partition.compression
-        shared = (partition.coords, partition.cu_seqlens, partition.neighbors, partition.block_neighbors, blocks.offsets, blocks.cu_blocks)
+        shared = [partition.slots, partition.coords, partition.cu_seqlens, partition.neighbors, partition.block_neighbors]
+        shared += [partition.compression.offsets, partition.compression.cu_blocks]
         return forward, leaves, (*leaves, *shared)
 
 

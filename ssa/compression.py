@@ -80,13 +80,6 @@ def group_norm_silu(
     return op(x, weight, bias, cu_seqlens, num_groups, eps)[0]
 
 
-def block_slots(partition: VoxelPartition) -> Tensor:
-    """[T] int32: place of every voxel in its compression block, (x m + y) m + z of the coordinates modulo m."""
-    m = partition.compression.size
-    x, y, z = torch.remainder(partition.coords[:, 1:], m).unbind(1)
-    return (x * m + y) * m + z
-
-
 class _Wrapped(nn.Module):
     """Holds a convolution under the name `conv`, as the released modules do."""
 
@@ -115,7 +108,7 @@ class ConvMean(nn.Module):
     def forward(self, x: Tensor, partition: VoxelPartition, table: Tensor | None = None, impl: str | None = None) -> Tensor:
         """x [T, C] in packed order, table [m³, C] or None → [blocks, C]."""
         if table is not None:
-            x = functional.add_position(x, table, block_slots(partition), impl=impl)
+            x = functional.add_position(x, table, partition.slots, impl=impl)
         return functional.block_mean(self.conv(x, self.neighbors(partition), impl), partition.compression, impl=impl)
 
     @staticmethod
@@ -134,7 +127,7 @@ class Direct3DS2V1(nn.Module):
     def forward(self, x: Tensor, partition: VoxelPartition, table: Tensor | None = None, impl: str | None = None) -> Tensor:
         """x [T, C] in packed order, table [m³, C] or None → [blocks, C]."""
         if table is not None:
-            x = functional.add_position(x, table, block_slots(partition), impl=impl)
+            x = functional.add_position(x, table, partition.slots, impl=impl)
         return functional.segment_mean(self.act_layers(x), partition.compression.offsets, extra=1, impl=impl)
 
     @staticmethod
@@ -163,7 +156,7 @@ class Direct3DS2V2(nn.Module):
         if table is None:
             skip = functional.segment_mean(x, compression.offsets, extra=1, impl=impl)
         else:
-            slots = block_slots(partition)
+            slots = partition.slots
             skip = functional.segment_mean(x, compression.offsets, extra=1, table=table, slots=slots, impl=impl)
             x = functional.add_position(x, table, slots, impl=impl)
         h = self.act_layers[0](x, partition.cu_seqlens, impl)

@@ -97,11 +97,15 @@ class VoxelPartition:
     @property
     def fill_order(self) -> Tensor:
         """[S] int32: selection blocks of each sample by falling number of compression blocks, so that a tile of them wastes no work."""
-        if torch.compiler.is_compiling():  # a look at the cache would compile again once it is filled, and sorting blocks is cheap
-            return self._fill_order()
-        return self._kept("fill_order", self._fill_order)
+        return self._fill_order() if torch.compiler.is_compiling() else self._kept("fill_order", self._fill_order)
+
+    @property
+    def slots(self) -> Tensor:
+        """[T] int32: place of every voxel in its compression block, (x m + y) m + z of the coordinates modulo m."""
+        return self._slots() if torch.compiler.is_compiling() else self._kept("slots", self._slots)
 
     def _kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        """Built once. A compiled graph would be compiled again for a partition that has it: what is cheap it builds each time."""
         if name not in self._cache:
             with torch.inference_mode(False):  # a table first needed in evaluation must serve training too
                 self._cache[name] = build()
@@ -113,6 +117,11 @@ class VoxelPartition:
         count = torch.diff(self.child_offsets.long())
         key = self.selection.coords[:, 0].long() * (most + 1) + most - count
         return torch.argsort(key, stable=True).int()
+
+    def _slots(self) -> Tensor:
+        m = self.compression.size
+        x, y, z = torch.remainder(self.coords[:, 1:], m).unbind(1)
+        return (x * m + y) * m + z
 
     def sort(self, x: Tensor) -> Tensor:
         """Rows [T, …] as given to `partition_voxels` → rows in packed order. Its gradient is `unsort`: gathers only."""

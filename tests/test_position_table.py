@@ -5,7 +5,6 @@ import torch
 from utils import CUDA, DEVICE, IMPL
 
 from ssa import functional
-from ssa.compression import block_slots
 from ssa.partition import partition_voxels
 
 IMPLS = ["torch", "triton"] if IMPL == "triton" else ["torch"]
@@ -72,4 +71,4 @@ def test_opcheck_and_second_order():
 def test_slots_are_the_coordinates_modulo_the_block_with_x_slowest():
     coords = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3], [0, -1, 0, 5], [0, -4, -3, -2]], device=DEVICE)
     partition = partition_voxels(coords, compression_block_size=4)
-    assert partition.unsort(block_slots(partition)).tolist() == [0, 16 + 8 + 3, 48 + 0 + 1, 0 + 4 + 2]
+    assert partition.unsort(partition.slots).tolist() == [0, 16 + 8 + 3, 48 + 0 + 1, 0 + 4 + 2]

@@ -236,11 +236,12 @@ def _ask_signs(surface: Surface, cells: np.ndarray, tile: np.ndarray, joined: li
     flat, distance = sign.reshape(len(cells), -1), np.nan_to_num(tile, nan=np.inf).reshape(len(cells), -1)
     child = np.stack(np.unravel_index(np.arange(CELL**3), (CELL,) * 3), 1)
     if len(surface.caps):  # joined voxels may lie on both sides of the gap at a seam: there every voxel is asked
-        h = 2 / resolution
-        rows = np.flatnonzero(surface.near_seams(_centers(cells, resolution // CELL), SEAM + h + _HALF_DIAGONAL * CELL * h))
-        fine, row = _children(_children(cells[rows])), np.repeat(rows, 64)
-        keep = surface.near_seams(_centers(fine, resolution // 2), SEAM + h + _HALF_DIAGONAL * 2 * h)
-        fine, row = _children(fine[keep]), np.repeat(row[keep], 8)
+        fine, row, h = cells, np.arange(len(cells)), 2 / resolution
+        for edge in (CELL, CELL // 2, CELL // 4, 1):
+            keep = surface.near_seams(_centers(fine, resolution // edge), SEAM + h + _HALF_DIAGONAL * (edge - 1) * h)
+            fine, row = fine[keep], row[keep]
+            if edge > 1:
+                fine, row = _children(fine), np.repeat(row, 8)
         flat[row, _child_index(fine)] = np.where(surface.winding(_centers(fine, resolution)) > 0.5, -1, 1)
     for turn in range(5):
         open_tiles = np.flatnonzero((flat == 0).any(1))

@@ -61,6 +61,11 @@ def _load(ptr, rows, cols, mask, features):
 
 
 @triton.jit
+def _sigmoid(z):
+    return tl.div_rn(tl.full(z.shape, 1.0, tl.float32), 1 + tl.exp(-z))  # the default division is off by two roundings
+
+
+@triton.jit
 def _over_group(x, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
     """[BLOCK_G · BLOCK_C] → the same shape: every channel gets the sum of its group."""
     total = tl.sum(tl.reshape(x, [BLOCK_G, BLOCK_C]), 1)
@@ -91,7 +96,7 @@ def _moments_kernel(
         x = _load(x_ptr, rows, cols, mask, features)
         count = tl.minimum(end - start, BLOCK_T).to(tl.float32)
         before = (start - begin).to(tl.float32)
-        mean_new = tl.sum(x, 0) / count
+        mean_new = tl.div_rn(tl.sum(x, 0), tl.zeros([BLOCK_F], tl.float32) + count)
         centred = tl.where(mask, x - mean_new[None, :], 0.0)
         delta = mean_new - mean
         mean += delta * (count / (before + count))
@@ -130,7 +135,8 @@ def _statistics_kernel(
         count = tl.minimum(rows - tile * tile_rows, tile_rows).to(tl.float32)
         mask = (tile < tiles)[:, None] & real[None, :]
         total += tl.sum(_load(partial_ptr, 2 * (first + tile), cols, mask, features) * count[:, None], 0)
-    mean = _over_group(total, BLOCK_G, BLOCK_C) / size
+    size += tl.zeros([BLOCK_G * BLOCK_C], tl.float32)
+    mean = tl.div_rn(_over_group(total, BLOCK_G, BLOCK_C), size)
     total = tl.zeros([BLOCK_G * BLOCK_C], tl.float32)
     for start in range(0, tiles, BLOCK_N):
         tile = start + tl.arange(0, BLOCK_N)
@@ -139,7 +145,7 @@ def _statistics_kernel(
         delta = _load(partial_ptr, 2 * (first + tile), cols, mask, features) - mean[None, :]
         squares = _load(partial_ptr, 2 * (first + tile) + 1, cols, mask, features)
         total += tl.sum(tl.where(mask, squares + delta * delta * count[:, None], 0.0), 0)
-    rstd = 1 / tl.sqrt(_over_group(total, BLOCK_G, BLOCK_C) / size + eps)
+    rstd = tl.div_rn(tl.full([BLOCK_G * BLOCK_C], 1.0, tl.float32), tl.sqrt_rn(_over_group(total, BLOCK_G, BLOCK_C) / size + eps))
     once = (place % BLOCK_C == 0) & (group < groups)
     at = stats_ptr + sample.to(tl.int64) * groups + group
     tl.store(at, mean, mask=once)
@@ -177,7 +183,7 @@ def _forward_kernel(
         mask = (rows < end)[:, None] & col_mask[None, :]
         x = _load(x_ptr, rows, cols, mask, features)
         z = (x - mean[None, :]) * rstd[None, :] * weight[None, :] + bias[None, :]
-        y = z * tl.sigmoid(z)
+        y = z * _sigmoid(z)
         tl.store(y_ptr + rows.to(tl.int64)[:, None] * features + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -185,7 +191,7 @@ def _forward_kernel(
 def _normal_and_dz(x_ptr, dy_ptr, rows, cols, mask, features, mean, rstd, weight, bias):
     normal = (_load(x_ptr, rows, cols, mask, features) - mean[None, :]) * rstd[None, :]
     z = normal * weight[None, :] + bias[None, :]
-    sigmoid = tl.sigmoid(z)
+    sigmoid = _sigmoid(z)
     return normal, _load(dy_ptr, rows, cols, mask, features) * sigmoid * (1 + z - z * sigmoid)
 
 

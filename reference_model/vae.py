@@ -22,7 +22,7 @@ from reference_model.volume import CELL
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes and choices; the defaults are the paper's."""
+    """Sizes and choices; the sizes are the paper's by default."""
 
     channels: tuple[int, int, int] = (32, 64, 128)  # at R, R/2, R/4
     hidden_size: int = 512  # at the latents
@@ -31,7 +31,7 @@ class VAEConfig:
     mlp_ratio: int = 4
     window_size: int = 8  # latents; odd layers shift by half of it
     latent_channels: int = 16
-    decoder: str = "symmetric"  # or "subpixel", "released": the blocks of `vae_blocks`
+    decoder: str = "subpixel"  # or "symmetric", "released": the blocks of `vae_blocks`
     pooling: str = "mean"  # or "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning

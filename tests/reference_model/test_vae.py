@@ -13,6 +13,7 @@ from reference_model.dataset import collate_volumes
 from reference_model.sparse_conv import SparseConv3d
 from reference_model.symmetry import apply_symmetry
 from reference_model.vae import SparseVAE, VAEConfig
+from reference_model.vae_blocks import AttentionBlock
 from reference_model.vae_loss import kl_divergence, make_targets, reconstruction_terms
 
 FORMS = [dict(decoder=d, pooling=p) for d, p in (("symmetric", "mean"), ("subpixel", "mean"), ("released", "released"))]
@@ -181,6 +182,14 @@ def test_symmetric_input_of_another_frame_differs():
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_windows_shift_in_turn(form, monkeypatch):
+    shifts = []
+    monkeypatch.setattr(AttentionBlock, "forward", lambda self, x, p: shifts.append((p.window.size, p.window_shift)) or x)
+    tiny_model(**form, num_layers=3).loss(small_batch())
+    assert shifts == [(8, 0), (8, 4), (8, 0)] * 2
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_flops(form):
     """Counted again from what the layers are given."""
     model, batch = tiny_model(**form), small_batch()
@@ -227,7 +236,7 @@ def test_mistakes_are_named():
 def test_paper_sizes():
     """Shapes of the paper's model, without allocating it."""
     with torch.device("meta"):
-        model = SparseVAE(VAEConfig())
+        model = SparseVAE(VAEConfig(decoder="symmetric"))
     assert [tuple(b.conv1.kernel.shape) for b in model.encoder.down] == [(27, 32, 64), (27, 64, 128), (27, 128, 512)]
     assert [tuple(b.conv1.kernel.shape) for b in model.decoder.up] == [(27, 512, 128), (27, 128, 64), (27, 64, 32)]
     assert model.encoder.moments.out_features == 32 and len(model.encoder.blocks) == len(model.decoder.blocks) == 4

@@ -18,6 +18,14 @@ from reference_model.vae_grid import Level
 _ROWS = 1 << 18  # rows of the finest level handled at once: [rows, 8, 32] float32 is 268 MB
 
 
+def unit_linear(channels_in: int, channels_out: int, gain: float = 1.0) -> nn.Linear:
+    """Linear that starts with variance gain^2 times that of its input: outside norms nothing else keeps a signal's size."""
+    linear = nn.Linear(channels_in, channels_out)
+    nn.init.normal_(linear.weight, std=gain * channels_in**-0.5)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 class SampleGroupNorm(nn.Module):
     """GroupNorm over all rows of a sample and the channels of a group (32 groups, fewer if 32 does not divide C); float32, eps 1e-5."""
 
@@ -71,7 +79,7 @@ class DownBlock(nn.Module):
         self.pool = Pool(pooling)
         self.conv1 = SparseConv3d(channels_in, channels_out, backend)
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
-        self.skip = nn.Linear(channels_in, channels_out)
+        self.skip = unit_linear(channels_in, channels_out)
 
     def forward(self, x: Tensor, sizes: Sequence[int], blocks: ssa.Blocks, level: Level, level_sizes: Sequence[int]) -> Tensor:
         """x [n,C] of the finer level with `sizes` rows a sample → [rows of level, C']."""
@@ -132,7 +140,7 @@ class UpBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(channels_in), nn.LayerNorm(channels_out)
         self.conv1 = SparseConv3d(channels_in, channels_out, backend)
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
-        self.skip = nn.Linear(channels_in, channels_out)
+        self.skip = unit_linear(channels_in, channels_out)
 
     def forward(self, x: Tensor, level: Level, finer: Level) -> Tensor:
         """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`."""
@@ -145,21 +153,26 @@ class UpBlock(nn.Module):
 class SubpixelUpBlock(nn.Module):
     """`UpBlock` whose upsampling is learned: each of the 8 children has its own matrix, in the branch and in the skip.
 
-    Both convolutions then run at C', which costs 40 % less than repeating, and a child knows its place before any neighbour tells it.
+    Both convolutions then run at C': a fifth less arithmetic in the whole model, and a child knows its place before a neighbour tells it.
     """
 
     def __init__(self, channels_in: int, channels_out: int, backend: str | None):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(channels_in), nn.LayerNorm(channels_out)
-        self.spread, self.skip = nn.Linear(channels_in, 8 * channels_out), nn.Linear(channels_in, 8 * channels_out)
+        self.spread, self.skip = unit_linear(channels_in, 8 * channels_out), unit_linear(channels_in, 8 * channels_out)
         self.conv1 = SparseConv3d(channels_out, channels_out, backend)
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
 
     def forward(self, x: Tensor, level: Level, finer: Level) -> Tensor:
         """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`."""
-        h = self.conv1(self.spread(F.silu(self.norm1(x))).view(8 * len(x), -1), finer)
+        h = self.conv1(_to_children(self.spread(F.silu(self.norm1(x)))), finer)
         h = self.conv2(F.silu(self.norm2(h)).to(h.dtype), finer)
-        return h + self.skip(x).to(h.dtype).view(8 * len(x), -1)
+        return h + _to_children(self.skip(x).to(h.dtype))
+
+
+def _to_children(x: Tensor) -> Tensor:
+    """[n,8C] → [8n,C]."""
+    return x.unflatten(1, (8, -1)).flatten(0, 1)
 
 
 class ReleasedUpBlock(nn.Module):
@@ -191,7 +204,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, partition: ssa.VoxelPartition) -> Tensor:
         """x [L,hidden] in the order of the partition, whose window is attended to."""
-        q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.num_heads, -1).unbind(1)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.num_heads, -1)).unbind(1)
         attended, _ = ssa.window_attention(q, k, v, partition)
         x = x + self.out(attended.flatten(1))
         return x + self.mlp(self.norm2(x))

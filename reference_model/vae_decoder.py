@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ssa
-from reference_model.vae_blocks import ReleasedUpBlock, SubpixelUpBlock, UpBlock, position_code
-from reference_model.vae_encoder import attend, attention_blocks
+from reference_model.vae_blocks import ReleasedUpBlock, SubpixelUpBlock, UpBlock, position_code, unit_linear
+from reference_model.vae_encoder import GAIN, attend, attention_blocks
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class Decoder(nn.Module):
         widths = (config.hidden_size, *reversed(config.channels))
         block = {"symmetric": UpBlock, "subpixel": SubpixelUpBlock, "released": ReleasedUpBlock}[config.decoder]
         self.checkpointing = False
-        self.linear = nn.Linear(config.latent_channels, config.hidden_size)
+        self.linear = unit_linear(config.latent_channels, config.hidden_size, GAIN)
         self.blocks = attention_blocks(config)
         self.up = nn.ModuleList(block(a, b, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
         self.occupancy = nn.ModuleList(nn.Linear(c, 1) for c in widths[1:-1]) if config.occupancy else None
-        self.head = nn.Linear(widths[-1], 1)
+        self.head = unit_linear(widths[-1], 1)
 
     def attend(self, z: Tensor, latents: Tensor, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float) -> Tensor:
         """z [L,16] at latents [L,4] → [L,hidden]; never cut, because windows do not nest in chunks."""

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ssa
 from reference_model.dataset import VolumeBatch
-from reference_model.vae_blocks import AttentionBlock, DownBlock, Lift, position_code
+from reference_model.vae_blocks import AttentionBlock, DownBlock, Lift, position_code, unit_linear
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 from reference_model.volume import CELL, child_index
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from reference_model.vae import VAEConfig
 
 EDGES = (4, 2, 1)
+GAIN = 2.0  # of what the position code is added to, so that it is not drowned
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +70,12 @@ class Encoder(nn.Module):
         self.checkpointing = False
         self.lift = Lift(widths[0])
         self.down = nn.ModuleList(DownBlock(a, b, config.pooling, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
-        self.linear = nn.Linear(config.hidden_size, config.hidden_size)
+        self.linear = unit_linear(config.hidden_size, config.hidden_size, GAIN)
         self.blocks = attention_blocks(config)
-        self.moments = nn.Linear(config.hidden_size, 2 * config.latent_channels)
+        self.moments = unit_linear(config.hidden_size, 2 * config.latent_channels)
+        with torch.no_grad():  # a standard deviation of 0.14 at first: a decoder learns little from noise
+            self.moments.weight[config.latent_channels :] = 0
+            self.moments.bias[config.latent_channels :] = -4
 
     def forward(self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float) -> tuple[Tensor, Tensor]:
         """→ mean, logvar [L,16] float32, rows as the latents; partitions: windows without and with shift."""

@@ -94,6 +94,8 @@ def test_an_empty_sample():
         latents=volumes[0].latents[:0], latent_index=volumes[0].latent_index[:0], inside=volumes[0].inside[:0],
     )  # fmt: skip
     model = tiny_model()
+    nothing = model.decode(torch.zeros(0, 16), torch.zeros(0, 4, dtype=torch.int32), 256)
+    assert nothing.shape == (0, 512)
     for batch in ([volumes[0], empty, volumes[1]], [volumes[0], volumes[1], empty]):
         packed = collate_volumes(batch)
         assert (model.encode(packed).mean - model.encode(collate_volumes(volumes)).mean).abs().max() < 1e-4
@@ -139,7 +141,7 @@ def test_gradient_by_differences():
     assert (totals[0] - totals[1]) / 2e-2 == pytest.approx(expected, rel=0.05)
 
 
-def train(backend, autocast, steps=20):
+def train(backend, autocast, steps=12):
     torch.manual_seed(0)
     model = SparseVAE(VAEConfig(**TINY, conv_backend=backend))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -157,7 +159,7 @@ def train(backend, autocast, steps=20):
 @pytest.mark.parametrize("backend", ["torch", *(["spconv"] if importlib.util.find_spec("spconv") else [])])
 def test_the_curve_of_bf16_training(backend):
     exact, curve = train("torch", False), train(backend, True)
-    assert exact[-1] < 0.6 * exact[0]
+    assert exact[-1] < 0.8 * exact[0]
     assert (curve - exact).abs().max() < 0.01 * exact[0]
 
 

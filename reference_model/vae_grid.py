@@ -129,6 +129,7 @@ def _latent_key(latents: Tensor, grid: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a constant first asked for in inference must serve training too
 def slot_coords(edge: int, device: torch.device) -> Tensor:
     """[edge^3,3] int64: place of each slot of the Z-curve in its latent."""
     order = _slot_of(lattice(edge, device)).argsort()
@@ -136,6 +137,7 @@ def slot_coords(edge: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def slots_of_children(device: torch.device) -> Tensor:
     """[512] int64: slot of the child (dx*8+dy)*8+dz."""
     return _slot_of(lattice(CELL, device))
@@ -149,12 +151,14 @@ def _slot_of(xyz: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _beside(edge: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """[edge^3,27] column of `find_latent_neighbors` and slot (int32) of the neighbours of each slot."""
     return _locate(slot_coords(edge, device)[:, None] + (lattice(3, device) - 1).flip(1), edge)  # x fastest
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _around(edge: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """[(edge+2)^3] the same for the cells in and round a latent."""
     return _locate(lattice(edge + 2, device) - 1, edge)

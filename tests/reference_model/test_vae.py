@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from vae_inputs import TINY, random_latents, shapes, small_batch, tiny_model
 
-from reference_model import vae
+from reference_model import vae, vae_grid
 from reference_model.dataset import collate_volumes
 from reference_model.sparse_conv import SparseConv3d
 from reference_model.symmetry import apply_symmetry
@@ -214,6 +214,15 @@ def test_flops(form):
         window = torch.cat((batch.latents[:, :1], torch.div(batch.latents[:, 1:] + shift, 8, rounding_mode="floor")), 1)
         total += 2 * 4 * 32 * int(window.unique(dim=0, return_counts=True)[1].square().sum())
     assert model.flops(batch) == total
+
+
+def test_training_after_inference():
+    for function in (vae_grid.slot_coords, vae_grid.slots_of_children, vae_grid._beside, vae_grid._around):
+        function.cache_clear()
+    model, batch = tiny_model(), small_batch()
+    with torch.inference_mode():
+        model.loss(batch)
+    model.loss(batch)["total"].backward()
 
 
 def test_mistakes_are_named():

@@ -106,6 +106,7 @@ def block_topk(
     q, k_cmp = (x.detach() for x in _autocast(q=q, k_cmp=k_cmp))
     _check_partition(q, partition)
     _check_attention(q, k_cmp, k_cmp, partition.parents.shape[0], "k_cmp", "k_cmp")
+    _check_tensors(lse=lse)
     if lse.shape != q.shape[:2] or lse.dtype not in (torch.float32, torch.float64) or lse.device != q.device:
         raise ValueError(f"lse must be float32 [T,Hq] on q's device, got {lse.shape=}, {lse.dtype=}, {lse.device=}, {q.shape=}")
     _check_topk(topk)
@@ -178,6 +179,7 @@ def varlen_attention(
     q, k, v = _autocast(q=q, k=k, v=v)
     _check_attention(q, k, v, k.shape[0] if isinstance(k, Tensor) and k.ndim else 0)
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_tensors(**{name: cu})
         if cu.ndim != 1 or cu.shape[0] < 1 or cu.dtype != torch.int32 or cu.device != q.device:
             raise ValueError(f"{name} must be int32 [n+1] on q's device, got {cu.shape=}, {cu.dtype=}, {cu.device=}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -318,6 +320,8 @@ def block_mean(x: Tensor, blocks: Blocks, *, impl: str | None = None) -> Tensor:
     blocks: `partition.compression`, `partition.selection` or `partition.window`.
     """
     _check_floating(x=x)
+    if not isinstance(blocks, Blocks):
+        raise TypeError(f"blocks must be Blocks such as partition.compression, got {type(blocks).__name__}")
     if x.ndim < 1 or x.device != blocks.offsets.device:
         raise ValueError(f"x must be [T, …] on the device of the blocks {blocks.offsets.device}, got {x.shape=}, {x.device=}")
     if blocks.index is not None and blocks.index.shape[0] != x.shape[0]:
@@ -374,6 +378,7 @@ def submanifold_conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors
         raise ValueError(f"kernel must be [27, in, out] for x [T, in], got {kernel.shape=}, {x.shape=}")
     if bias is not None and bias.shape != kernel.shape[2:]:
         raise ValueError(f"bias must be [out], got {bias.shape=} for {kernel.shape=}")
+    _check_tensors(neighbors=neighbors)
     if neighbors.shape != (x.shape[0], 27) or neighbors.dtype != torch.int32:
         raise ValueError(f"neighbors must be [T, 27] int32, got {neighbors.shape=}, {neighbors.dtype=} for {x.shape=}")
     for name, t in (("kernel", kernel), ("bias", bias), ("neighbors", neighbors)):
@@ -389,9 +394,14 @@ def submanifold_conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors
     return op(x, kernel, bias, neighbors)
 
 
-def _check_floating(**tensors: Tensor) -> None:
+def _check_tensors(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def _check_floating(**tensors: Tensor) -> None:
+    _check_tensors(**tensors)
+    for name, x in tensors.items():
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}")

@@ -128,3 +128,23 @@ def test_bad_input_is_named():
         ssa.block_mean(torch.zeros(49, 4, device=DEVICE), partition.window)
     with pytest.raises(ValueError, match="on the device of the blocks"):
         ssa.block_mean(torch.zeros(50, 4, device="meta"), partition.window)
+
+
+def test_wrong_arguments():
+    partition = cloud(63)
+    with pytest.raises(TypeError, match="blocks must be Blocks such as partition.compression, got VoxelPartition"):
+        ssa.block_mean(torch.ones(63, 16, device=DEVICE), partition)
+    with pytest.raises(ValueError, match="one row per voxel.*62.*63 voxels"):
+        ssa.block_mean(torch.ones(62, 16, device=DEVICE), partition.window)
+    with pytest.raises(TypeError, match="neighbors must be a torch.Tensor, got NoneType"):
+        ssa.submanifold_conv3d(torch.ones(63, 16, device=DEVICE), torch.ones(27, 16, 8, device=DEVICE), None, None)
+
+
+if IMPL == "triton":
+
+    def test_rows_that_do_not_exist_are_not_read():
+        """Without an index the number of rows is known to the device only."""
+        memory = torch.full((400, 16), torch.nan, device=DEVICE)
+        x = memory[:350].fill_(1.0).requires_grad_()
+        y = ssa.block_mean(x, cloud(400).compression, impl="triton")
+        assert y.isfinite().all() and torch.autograd.grad(y.sum(), x)[0].isfinite().all()

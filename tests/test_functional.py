@@ -113,12 +113,14 @@ def test_gates():
 
 def test_lse_of_block_topk():
     refuses(ValueError, r"lse must be float32.*27, 2", "block_topk", lse=torch.zeros(27, 2, device=DEVICE))
+    refuses(TypeError, "lse must be a torch.Tensor, got NoneType", "block_topk", lse=None)
     refuses(ValueError, "lse must be float32.*float16", "block_topk", lse=torch.zeros(27, 4, device=DEVICE, dtype=torch.float16))
 
 
 def test_cu_seqlens():
     op = "varlen_attention"
     cu = random_partition([20, 7]).cu_seqlens
+    refuses(TypeError, "cu_seqlens_k must be a torch.Tensor, got list", op, cu_seqlens_k=[0, 20, 27])
     refuses(ValueError, "cu_seqlens_q must be int32.*int64", op, cu_seqlens_q=cu.long())
     refuses(ValueError, r"cu_seqlens_k must be int32.*\[1, 3\]", op, cu_seqlens_k=cu[None])
     refuses(ValueError, r"same number of segments.*\[3\].*\[2\]", op, cu_seqlens_k=cu[:2])

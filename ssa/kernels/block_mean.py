@@ -19,7 +19,7 @@ def _config(features: int) -> dict[str, int]:
     return dict(BLOCK_T=16, BLOCK_F=min(triton.next_power_of_2(features), 128), num_warps=1)
 
 
-@triton.jit(do_not_specialize=["extra"])
+@triton.jit(do_not_specialize=["num_tokens", "extra"])
 def _forward_kernel(
     x_ptr,  # [T, F]
     offsets_ptr,  # [n+1]
@@ -28,6 +28,7 @@ def _forward_kernel(
     slots_ptr,  # [T]
     y_ptr,  # [n, F]
     features,
+    num_tokens,
     extra,
     HAS_INDEX: tl.constexpr,
     HAS_TABLE: tl.constexpr,
@@ -44,7 +45,7 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
     for start in range(begin, end, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
-        row_mask = rows < end
+        row_mask = rows < tl.minimum(end, num_tokens)  # offsets of another partition read nothing beyond x
         if HAS_INDEX:
             rows = tl.load(index_ptr + rows, mask=row_mask, other=0)
         rows = rows.to(tl.int64)
@@ -57,13 +58,14 @@ def _forward_kernel(
     tl.store(y_ptr + block * features + cols, y.to(y_ptr.dtype.element_ty), mask=col_mask)
 
 
-@triton.jit(do_not_specialize=["extra"])
+@triton.jit(do_not_specialize=["num_tokens", "extra"])
 def _backward_kernel(
     dy_ptr,  # [n, F]
     offsets_ptr,  # [n+1]
     index_ptr,  # [T]
     dx_ptr,  # [T, F]
     features,
+    num_tokens,
     extra,
     HAS_INDEX: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -80,7 +82,7 @@ def _backward_kernel(
     dx = (dy / tl.maximum(end - begin + extra, 1).to(tl.float32)).to(dx_ptr.dtype.element_ty)
     for start in range(begin, end, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
-        row_mask = rows < end
+        row_mask = rows < tl.minimum(end, num_tokens)
         if HAS_INDEX:
             rows = tl.load(index_ptr + rows, mask=row_mask, other=0)
         at = rows.to(tl.int64)[:, None] * features + cols[None, :]
@@ -104,6 +106,7 @@ def block_mean_forward(
             offsets if slots is None else slots,
             y,
             features,
+            x.shape[0],
             extra,
             HAS_INDEX=index is not None,
             HAS_TABLE=table is not None,
@@ -120,6 +123,7 @@ def block_mean_backward(dy: Tensor, offsets: Tensor, index: Tensor | None, num_t
     if dx.numel():
         config = _config(features)
         _backward_kernel[(num_blocks * triton.cdiv(features, config["BLOCK_F"]),)](
-            dy.contiguous(), offsets, offsets if index is None else index, dx, features, extra, HAS_INDEX=index is not None, **config
-        )
+            dy.contiguous(), offsets, offsets if index is None else index, dx, features, num_tokens, extra, HAS_INDEX=index is not None,
+            **config,
+        )  # fmt: skip
     return dx

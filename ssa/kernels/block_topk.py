@@ -222,6 +222,7 @@ def block_topk(
     config = dict(config or _config(d, q.dtype, hq // hkv))
     launch = {key: config.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in config}
     block_m = config["BLOCK_M"]
+    assert block_m % ROWS == 0, block_m
     tiles = tile_map(cu_seqlens, t, block_m)
     num_tiles = tiles.shape[2]
     lse = lse.float().t().contiguous()  # [Hq, T]

@@ -1,4 +1,4 @@
-"""Caps over the holes of a surface: the level set 1/2 of its winding number where no face is."""
+"""Caps over the holes of a surface: the level set 1/2 of its winding number where no face is; and its flaps, which bound nothing."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from reference_model.cli import optional_import
 from reference_model.meshes import MeshError
+from reference_model.triangles import areas, longest_edges, normals, split_longest
 
 if TYPE_CHECKING:
     from reference_model.repair import Surface
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 _OCTANTS = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), -1).reshape(-1, 3)
 _COARSE, _FINE = 64, 512
 SEAM = 2 / _FINE  # a cap may end this far from the faces it should meet
+_FLAP = 1e-3  # layers nearer than this are one sheet: half a voxel at 1024
+_LONE = 0.15  # least mean of the winding numbers on both sides of a face that bounds: 1/2, down to 1/4 at the rim of a hole
+_SHORT = 1 / 32
 _MOST_CELLS = 4_000_000
 _HALF_DIAGONAL = 3**0.5 / 2
 
@@ -52,3 +56,18 @@ def cap_holes(surface: "Surface", border: np.ndarray) -> tuple[np.ndarray, np.nd
     value = 0.5 - surface.winding(points)
     vertices, faces, _ = igl.marching_cubes(value, points, index.reshape(-1, 8).astype(np.int64), 0.0)
     return vertices, faces
+
+
+def lone_faces(surface: "Surface") -> tuple[np.ndarray, np.ndarray]:
+    """Parts of the hull, in short faces, with the outside on both sides: flaps of no thickness. (vertices, those faces)."""
+    vertices, faces, short = surface.hull_vertices, surface.hull, []
+    while len(faces):
+        long = longest_edges(vertices, faces) > _SHORT
+        short.append(faces[~long])
+        vertices, faces = split_longest(vertices, faces[long])
+    faces = np.concatenate([surface.hull[:0], *short])
+    center, normal = vertices[faces].mean(1), normals(vertices, faces)
+    around = surface.winding(center + _FLAP * normal) + surface.winding(center - _FLAP * normal)
+    lone = np.abs(around) < 2 * _LONE
+    area = areas(vertices, faces)
+    return vertices, faces[lone] if area[lone].sum() > 1e-3 * area.sum() else faces[:0]

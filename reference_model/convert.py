@@ -17,7 +17,7 @@ from reference_model.volume import save_volume, without_margin
 COLUMNS = (
     "id", "source", "status", "reason", "split", "resolution", "tokens", "voxels", "sharp_voxels", "bytes", "seconds", "faces", "vertices",
     "components", "watertight", "repaired", "thickness", "sheet_thickness", "copies", "patches", "turned", "sheets", "dropped",
-    "border_edges", "caps", "sign_conflicts", "specks", "scale", "y_up", "geometry_sha256", "file_sha256", "licence",
+    "lone_faces", "border_edges", "caps", "sign_conflicts", "specks", "scale", "y_up", "geometry_sha256", "file_sha256", "licence",
 )  # fmt: skip
 
 

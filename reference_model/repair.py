@@ -6,7 +6,7 @@
    none → it lies within, and keeps the winding of the file if that proved right for the patches that are seen: so cavities stay cavities.
 3. The solid is where the winding number exceeds 1/2 (Jacobson et al. 2013, Barill et al. 2018). Faces with the same on both sides
    (overlapping parts, things inside) bound nothing and are dropped; holes are closed by the level set 1/2 (`closing.py`).
-4. Sheets become solids of a stated thickness, joined with the rest.
+4. Sheets become solids of a stated thickness, joined with the rest; so do flaps of no thickness, whose winding numbers average 0.
 
 A closed mesh whose faces all bound passes unchanged and gets the exact sign by pseudonormals (Bærentzen and Aanæs 2005).
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from reference_model.cli import optional_import
-from reference_model.closing import cap_holes
+from reference_model.closing import cap_holes, lone_faces
 from reference_model.meshes import MeshError
 from reference_model.triangles import areas, longest_edges, normals, ray_scene, split_longest, unbalanced_edges
 
@@ -138,7 +138,10 @@ def resolve_surface(vertices: np.ndarray, faces: np.ndarray, thickness: float) -
     closed = whole and len(border_edges) + len(sheets) == 0
     report |= {"closed": str(closed).lower(), "border_edges": str(len(border_edges)), "bounding_faces": str(len(bound_faces))}
     if closed and areas(vertices, hull).min() > 1e-16:
-        return Surface(vertices, hull, within, vertices, hull, sheets, thickness, True, within, report | {"caps": "0"})
+        return Surface(vertices, hull, within, vertices, hull, sheets, thickness, True, within, report | {"lone_faces": "0", "caps": "0"})
+    hull_vertices, lone = lone_faces(winding)
+    sheets = np.concatenate((sheets, lone))
+    report |= {"lone_faces": str(len(lone)), "sheet_thickness": f"{thickness if len(sheets) else 0:.6g}"}
     caps = within[:0]
     if len(border_edges) and len(hull):
         cap_vertices, cap_faces = cap_holes(winding, border_edges)
@@ -150,7 +153,8 @@ def resolve_surface(vertices: np.ndarray, faces: np.ndarray, thickness: float) -
         bound_vertices = np.concatenate((bound_vertices, cap_vertices))
     if len(bound_faces) + len(sheets) == 0:
         raise MeshError("the faces bound no solid")
-    return Surface(bound_vertices, bound_faces, within, vertices, hull, sheets, thickness, False, caps, report | {"caps": str(len(caps))})
+    report["caps"] = str(len(caps))
+    return Surface(bound_vertices, bound_faces, within, hull_vertices, hull, sheets, thickness, False, caps, report)
 
 
 def _distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound: float) -> np.ndarray:
@@ -266,7 +270,7 @@ def _winding_before(surface: Surface, vertices: np.ndarray, faces: np.ndarray, w
 def wall_thickness(surface: Surface, samples: int = 4096) -> np.ndarray:
     """Thickness [n] of the solid's walls in the unit cube: from random points of its boundary straight in to the next face (2 if none).
 
-    Sheets count with the thickness they are given. The 5 % quantile is what preparation lists.
+    Sheets count with the thickness they are given.
     """
     rng = np.random.default_rng(0)
     area, sheet_area = areas(surface.vertices, surface.faces), areas(surface.hull_vertices, surface.sheets)

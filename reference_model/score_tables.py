@@ -76,9 +76,9 @@ def _repairs(rows: Sequence[Row]) -> list[str]:
     if not repaired:
         return []
     text = ["## Repaired meshes", "", "Outer pieces are those the outside reaches, the others are cavities and walled-in pockets."]
-    text += ["Copies: faces dropped as doubles; turned, sheets: patches; caps: triangles over holes;"]
-    text += ["specks: pieces of up to 27 voxels that were filled; area: result / file.", ""]
-    names = ("copies", "turned", "sheets", "caps", "specks", "open_vertices")
+    text += ["Copies: faces dropped as doubles; turned, sheets: patches; lone faces: parts of flaps without thickness;"]
+    text += ["caps: triangles over holes; specks: pieces of up to 27 voxels that were filled; area: result / file.", ""]
+    names = ("copies", "turned", "sheets", "lone_faces", "caps", "specks", "open_vertices")
     text += ["| mesh | R | pieces of the file (open) | thin % | " + " | ".join(name.replace("_", " ") for name in names)]
     text[-1] += " | outer pieces | all | genus | area | outer area |"
     text.append("|---|---:|---|" + "---:|" * (len(names) + 6))

@@ -167,6 +167,22 @@ def test_specks_are_found_across_tiles() -> None:
         assert count == 2
 
 
+@pytest.mark.parametrize("layers", [0.0, 2e-4, -2e-4])  # of a fin: apart, or swapped
+def test_flaps_without_thickness_become_sheets(layers: float) -> None:
+    thick = 4 / 256
+    (v, f), (fin, fin_faces) = box((1, 0.5, 0.5)), box((0.6, abs(layers), 0.8), [0, 0, 0])
+    fin_faces = fin_faces[np.ptp(fin[fin_faces][:, :, 1], axis=1) == 0] if layers == 0 else fin_faces  # else the rim has no area
+    fin_faces = fin_faces[:, ::-1] if layers < 0 else fin_faces
+    volume = mesh_to_volume(*joined((v, f), (fin + [0.0123, 0.0231, 0.1], fin_faces), box((0.5, 0.3, 0.5001), SHIFT * 2)), 256)
+    assert volume.meta["closed"] == "false" and float(volume.meta["sheet_thickness"]) == thick
+    mesh = extracted(volume)
+    assert mesh.is_watertight and mesh.body_count == 1 and mesh.euler_number == 2
+    high = mesh.vertices[mesh.vertices[:, 2] > 0.4]
+    assert high[:, 2].max() == pytest.approx(0.5 + thick / 2, abs=2 / 256 / 4)  # the round rim, one voxel in radius, loses its crest
+    assert np.ptp(high[:, 1]) == pytest.approx(thick + abs(layers), abs=1e-3)
+    assert np.ptp(high[:, 0]) == pytest.approx(0.6 + thick, abs=2 * 2 / 256 / 4)
+
+
 def test_pockets_too_small_for_the_grid_are_filled_where_parts_overlap() -> None:
     h = 2 / 256
     cavities = [(v, f[:, ::-1]) for v, f in (box((2.5 * h,) * 3, [-0.3, 0, 0]), box((6 * h,) * 3, [0.3, 0, 0]))]

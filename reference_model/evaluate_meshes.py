@@ -145,10 +145,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 scores = rows[-1]["scores"]["result"]
                 print(f"{source.path.name} at {resolution}: F1@.001 {scores['f1@0.001']:.2f}, area {scores['area_ratio']:.4f}", flush=True)
             rows.sort(key=lambda row: (row["mesh"], row["resolution"]))
-            document = {"settings": settings, "rows": rows, "left_out": left_out}
-            (out / "scores.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-            (out / "scores.md").write_text(markdown(rows, left_out, settings), encoding="utf-8")
+            _write(out, settings, rows, left_out)
+    _write(out, settings, rows, left_out)
     return int(not rows)
+
+
+def _write(out: Path, settings: dict[str, Any], rows: list[dict[str, Any]], left_out: list[dict[str, Any]]) -> None:
+    document = {"settings": settings, "rows": rows, "left_out": left_out}
+    (out / "scores.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    (out / "scores.md").write_text(markdown(rows, left_out, settings), encoding="utf-8")
 
 
 def _rows_before(path: Path, settings: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

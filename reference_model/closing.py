@@ -68,6 +68,7 @@ def lone_faces(surface: "Surface") -> tuple[np.ndarray, np.ndarray]:
     faces = np.concatenate([surface.hull[:0], *short])
     center, normal = vertices[faces].mean(1), normals(vertices, faces)
     around = surface.winding(center + _FLAP * normal) + surface.winding(center - _FLAP * normal)
-    lone = np.abs(around) < 2 * _LONE
     area = areas(vertices, faces)
+    wide = area > _FLAP * longest_edges(vertices, faces)  # twice as high as a flap is thick: no sliver along an edge of the solid
+    lone = wide & (np.abs(around) < 2 * _LONE)
     return vertices, faces[lone] if area[lone].sum() > 1e-3 * area.sum() else faces[:0]

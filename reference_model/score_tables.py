@@ -41,8 +41,8 @@ def markdown(rows: Sequence[Row], left_out: Sequence[Row], settings: Mapping[str
 
 
 def _goals(rows: Sequence[Row], cad: Sequence[str]) -> list[str]:
-    """Closed meshes against the goals of their resolution."""
-    judged = [row for row in rows if row["closed"] and row["resolution"] in _GOALS]
+    """Meshes that bound a solid as they are against the goals of their resolution."""
+    judged = [row for row in rows if row["closed"] and row["round_trip"]["closed"] == "true" and row["resolution"] in _GOALS]
     if not judged:
         return []
     text = ["## Goals of the closed meshes", ""]

@@ -240,7 +240,7 @@ def test_compiles_whole_and_twice_at_most():
 
 
 @pytest.mark.skipif(IMPL != "triton", reason="needs a GPU or Triton's interpreter")
-@pytest.mark.parametrize("compression", list(COMPRESSORS) if CUDA else ["conv_mean"])
+@pytest.mark.parametrize("compression", list(COMPRESSORS) if CUDA else ["direct3d_s2_v2"])
 def test_compiles_twice_at_most_where_sizes_coincide(compression):
     """Two batches of one sample whose voxels, blocks and windows number the same, then all differ, the samples too."""
 

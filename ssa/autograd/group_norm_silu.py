@@ -18,7 +18,7 @@ def group_norm_silu(
 
 @group_norm_silu.register_fake
 def _(x, weight, bias, cu_seqlens, num_groups, eps):
-    return x.new_empty(x.shape), x.new_empty(2, cu_seqlens.shape[0] - 1, num_groups, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(2 * (cu_seqlens.shape[0] - 1) * num_groups, dtype=torch.float32)
 
 
 @operator("group_norm_silu_backward")

@@ -5,7 +5,7 @@
     dz = dy σ(z) (1 + z − y)          dw = Σ dz n, db = Σ dz over all rows
     dx = r (w dz − m1 − n m2)         m1, m2: means of w dz and of w dz n over the same rows and channels
 
-x, y [N, F], w, b [F], cu_seqlens [B+1] int32, stats [2, B, groups] fp32 = (μ, r); channel f is of group f // PER_GROUP.
+x, y [N, F], w, b [F], cu_seqlens [B+1] int32, stats [2 B groups] fp32 = (μ, r); channel f is of group f // PER_GROUP.
 Three launches a pass: sums of each tile of rows, the tiles of each sample joined in order, one elementwise pass. Tiles never cross
 samples (kernels/common.py, "Tiles never cross segments"): sample s owns those from cu_seqlens[s] // tile_rows + s on, so their number
 needs no count from the device and the last ones may be empty. No atomics: two runs are bitwise equal.
@@ -110,7 +110,7 @@ def _moments_kernel(
 def _statistics_kernel(
     partial_ptr,  # [tiles, 2, F] fp32
     cu_ptr,  # [B+1]
-    stats_ptr,  # [2, B, groups] fp32
+    stats_ptr,  # [2 B groups] fp32
     num_samples,
     tile_rows,
     groups,
@@ -158,7 +158,7 @@ def _forward_kernel(
     weight_ptr,  # [F]
     bias_ptr,  # [F]
     cu_ptr,  # [B+1]
-    stats_ptr,  # [2, B, groups] fp32
+    stats_ptr,  # [2 B groups] fp32
     y_ptr,  # [N, F]
     num_samples,
     tile_rows,
@@ -202,7 +202,7 @@ def _sums_kernel(
     weight_ptr,  # [F]
     bias_ptr,  # [F]
     cu_ptr,  # [B+1]
-    stats_ptr,  # [2, B, groups] fp32
+    stats_ptr,  # [2 B groups] fp32
     partial_ptr,  # [tiles, 2, F] fp32: Σ dz, Σ dz n
     num_samples,
     tile_rows,
@@ -241,7 +241,7 @@ def _join_kernel(
     partial_ptr,  # [tiles, 2, F] fp32
     weight_ptr,  # [F]
     cu_ptr,  # [B+1]
-    means_ptr,  # [2, B, groups] fp32: m1, m2
+    means_ptr,  # [2 B groups] fp32: m1, m2
     dweight_ptr,  # [F]
     dbias_ptr,  # [F]
     num_samples,
@@ -291,8 +291,8 @@ def _backward_kernel(
     weight_ptr,  # [F]
     bias_ptr,  # [F]
     cu_ptr,  # [B+1]
-    stats_ptr,  # [2, B, groups] fp32
-    means_ptr,  # [2, B, groups] fp32
+    stats_ptr,  # [2 B groups] fp32
+    means_ptr,  # [2 B groups] fp32
     dx_ptr,  # [N, F]
     num_samples,
     tile_rows,
@@ -333,10 +333,10 @@ def _tiling(num_rows: int, num_samples: int, block_t: int) -> tuple[int, int, in
 def group_norm_silu_forward(
     x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x [N, F] → y [N, F] in x's dtype, stats [2, B, groups] fp32."""
+    """x [N, F] → y [N, F] in x's dtype, stats [2 B groups] fp32, flat: torch.compile would specialise on an axis of one sample."""
     (num_rows, features), num_samples = x.shape, cu_seqlens.shape[0] - 1
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    stats = torch.empty(2, num_samples, num_groups, dtype=torch.float32, device=x.device)
+    stats = torch.empty(2 * num_samples * num_groups, dtype=torch.float32, device=x.device)
     if y.numel() == 0:
         return y, stats.zero_()
     x, per_group = x.contiguous(), features // num_groups
@@ -359,10 +359,11 @@ def group_norm_silu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dy [N, F] → dx [N, F], dweight [F], dbias [F] in the dtypes of x, weight and bias."""
-    (num_rows, features), (_, num_samples, num_groups) = x.shape, stats.shape
+    (num_rows, features), num_samples = x.shape, cu_seqlens.shape[0] - 1
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if dx.numel() == 0:
         return dx, torch.zeros_like(weight), torch.zeros_like(bias)
+    num_groups = stats.shape[0] // (2 * num_samples)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     dy, x, weight, bias, per_group = dy.contiguous(), x.contiguous(), weight.contiguous(), bias.contiguous(), features // num_groups
     config, join = _config(features), _config_join(per_group)

@@ -61,6 +61,16 @@ def _dp(a, b, delta, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _add_dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b; tile by tile in fp64 where acc is, since one chain of fp32 sums over all queries rounds too often."""
+    if acc.dtype == tl.float64:
+        acc += tl.dot(a, b, input_precision=PRECISION).to(tl.float64)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _exp2_fma(x):
     """2^x for x ≤ 126, below 2^-126 no less than that: integer part to the exponent, a polynomial (relative error 2.6e-6) for the rest."""
     x = tl.maximum(x, -126.0)
@@ -214,7 +224,7 @@ def _dq_loop(
         if MASKED:
             p = tl.where(valid[None, :], p, 0.0)
         ds = p * (_dp(do, v, delta, PRECISION) - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = _add_dot(ds.to(k.dtype), k, dq, PRECISION)
     return dq
 
 
@@ -224,7 +234,7 @@ def dq_keys(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [BLOCK_M, BLOCK_D] of rows with their lse (natural log) and delta from keys lo … hi."""
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], lse.dtype)
     unit, lse_unit = exponent_unit(q, scale)
     lse *= lse_unit
     full = lo + (hi - lo) // BLOCK_N * BLOCK_N
@@ -270,9 +280,9 @@ def _dkv_loop(
         else:
             s = tl.dot(k, q.T, input_precision=PRECISION)
         p = exp_of(k, s.to(lse.dtype) * unit - (lse * lse_unit)[None, :])  # [BLOCK_N, BLOCK_M]
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dv = _add_dot(p.to(do.dtype), do, dv, PRECISION)
         ds = p * (_dp(v, do, delta, PRECISION) - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = _add_dot(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
 
 

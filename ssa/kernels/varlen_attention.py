@@ -100,8 +100,8 @@ def _dkv_kernel(
         valid, at = packed_rows(index_k_ptr, first, count, kv, HKV, 1, BLOCK_N, GATHER_K)
         k = load_rows(k_ptr, at * D, valid, D, BLOCK_D)
         v = load_rows(v_ptr, at * D, valid, D, BLOCK_D)
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dk = tl.zeros([BLOCK_N, BLOCK_D], lse_ptr.dtype.element_ty)
+        dv = tl.zeros([BLOCK_N, BLOCK_D], lse_ptr.dtype.element_ty)
         cu_q_ptr += kv * cu_stride + segment
         start, end = tl.load(cu_q_ptr), tl.load(cu_q_ptr + 1)
         share = tl.cdiv(tl.cdiv(end - start, BLOCK_Q), SPLITS) * BLOCK_Q

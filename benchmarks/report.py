@@ -203,7 +203,7 @@ def plot_growth(growth: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
     colors = dict(zip(BRANCH_NAMES, ("black", "C0", "C1", "C2", "C3"), strict=True))
     for (impl, pass_), series in _series(growth).items():
-        axis = axes[pass_ == "bwd"]
+        axis = axes[int(pass_ == "bwd")]
         measured = {int(row["T"]): float(row["ms"]) for row in series}
         fit = f", T^{exponent(measured):.2f}" if len(measured) > 1 else ""
         axis.loglog(list(measured), list(measured.values()), "o-", color=colors[impl], label=BRANCH_NAMES[impl] + fit, markersize=4)

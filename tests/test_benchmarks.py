@@ -367,6 +367,8 @@ def test_branches_of_one_size(tmp_path):
         assert found == [(name, pass_) for name, passes in branches.PASSES.items() for pass_ in passes]
     table = report.growth_table(rows.read(results.path))
     assert table.count("\n") == 1 + 9 and "| score + top-k | fwd |" in table
+    report.plot_growth(rows.read(results.path), tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
 def test_branches_run_without_the_table(tmp_path, monkeypatch, capsys):

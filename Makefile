@@ -18,7 +18,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c "import sys; assert (3, 10) <= sys.version_info < (3, 14), f'Python 3.10-3.13 needed, got {sys.version}'"
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --quiet --constraint constraints.txt --editable ".[bench,reference,dev]"
+	$(RUN) -m pip install --quiet --quiet --constraint constraints.txt --editable ".[bench,reference,dev,spconv]"
 	touch $@
 
 clean:

@@ -66,10 +66,11 @@ def lone_faces(surface: "Surface") -> tuple[np.ndarray, np.ndarray]:
         short.append(faces[~long])
         vertices, faces = split_longest(vertices, faces[long])
     faces = np.concatenate([surface.hull[:0], *short])
-    area = areas(vertices, faces)
+    total, area = areas(vertices, surface.hull).sum(), areas(vertices, faces)
     wide = area > _FLAP * longest_edges(vertices, faces)  # twice as high as a flap is thick: no sliver along an edge of the solid
+    faces, area = faces[wide], area[wide]
     center, step = vertices[faces].mean(1), _FLAP * normals(vertices, faces)
     behind = surface.winding(center - step)
-    asked = np.flatnonzero(wide & (behind < 0.8))  # most faces have 1 behind them
+    asked = np.flatnonzero(behind < 0.8)  # most faces have 1 behind them
     lone = asked[np.abs(behind[asked] + surface.winding(center[asked] + step[asked])) < 2 * _LONE]
-    return vertices, faces[lone] if area[lone].sum() > 1e-3 * area.sum() else faces[:0]
+    return vertices, faces[lone] if area[lone].sum() > 1e-3 * total else faces[:0]

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import functional, naive
+from . import functional
 from .partition import VoxelPartition
 
 
@@ -66,18 +66,7 @@ class GroupNormSiLU(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, impl: str | None = None) -> Tensor:
         """x [N, C], rows of sample b from cu_seqlens[b] to cu_seqlens[b + 1] → [N, C]."""
-        return group_norm_silu(x, self.weight, self.bias, cu_seqlens, self.num_groups, self.eps, impl=impl)
-
-
-def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, num_groups: int, eps: float = 1e-5, *, impl: str | None = None
-) -> Tensor:
-    """SiLU(GroupNorm(x)) in x's dtype. x [N, F]; weight, bias [F]; cu_seqlens [B+1] int32, from 0 to N: the rows of each sample."""
-    if functional._choose(impl, x) != "triton":
-        return naive.group_norm_silu(x, weight, bias, cu_seqlens, num_groups, eps)
-    from .autograd.group_norm_silu import group_norm_silu as op
-
-    return op(x, weight, bias, cu_seqlens, num_groups, eps)[0]
+        return functional.group_norm_silu(x, self.weight, self.bias, cu_seqlens, self.num_groups, self.eps, impl=impl)
 
 
 class _Wrapped(nn.Module):

@@ -363,6 +363,17 @@ def add_position(x: Tensor, table: Tensor, slots: Tensor, *, impl: str | None = 
     return op(x, table, slots)
 
 
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, num_groups: int, eps: float = 1e-5, *, impl: str | None = None
+) -> Tensor:
+    """SiLU(GroupNorm(x)) in x's dtype. x [N, F]; weight, bias [F]; cu_seqlens [B+1] int32, from 0 to N: the rows of each sample."""
+    if _choose(impl, x) != "triton":
+        return naive.group_norm_silu(x, weight, bias, cu_seqlens, num_groups, eps)
+    from .autograd.group_norm_silu import group_norm_silu as op
+
+    return op(x, weight, bias, cu_seqlens, num_groups, eps)[0]
+
+
 def submanifold_conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, neighbors: Tensor, *, impl: str | None = None) -> Tensor:
     """Submanifold 3^3 convolution: y[i] = Σ_δ x[i+δ] W[δ] + b over the active neighbours.
 

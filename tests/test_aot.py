@@ -19,7 +19,6 @@ from utils import draw_qkv, random_coords
 
 import ssa
 from ssa import functional
-from ssa.compression import group_norm_silu as group_norm_silu_op
 from ssa.kernels import (
     block_mean,
     block_topk,
@@ -63,7 +62,7 @@ def launches(head_dim: int, dtype: torch.dtype) -> list[tuple[JITFunction, dict]
         blocks = partition.compression
         functional.segment_mean(x, blocks.offsets, blocks.index, table=table, slots=slots).sum().backward()
         width = x.shape[1]
-        group_norm_silu_op(x, torch.ones(width), torch.zeros(width), partition.cu_seqlens, math.gcd(32, width)).sum().backward()
+        functional.group_norm_silu(x, torch.ones(width), torch.zeros(width), partition.cu_seqlens, math.gcd(32, width)).sum().backward()
         kernel = torch.zeros(27, x.shape[1], x.shape[1], requires_grad=True)
         ssa.submanifold_conv3d(x, kernel, torch.zeros(x.shape[1]), partition.neighbors).sum().backward()
     return recorded

@@ -13,7 +13,7 @@ from torch.nn.functional import group_norm, silu
 from utils import CUDA, DEVICE, IMPL, assert_close, assert_repeats, draw, largest, nan_in_fresh_memory, run
 
 from ssa import naive
-from ssa.compression import group_norm_silu
+from ssa.functional import group_norm_silu
 
 EPS = 1e-5
 

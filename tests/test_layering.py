@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "ssa.kernels": {"ssa.kernels"},
     "ssa.autograd": {"ssa.autograd", "ssa.kernels"},
     "ssa.functional": {"ssa.partition", "ssa.naive", "ssa.chunked", "ssa.autograd"},
-    "ssa.compression": {"ssa.partition", "ssa.functional", "ssa.naive", "ssa.autograd"},
+    "ssa.compression": {"ssa.partition", "ssa.functional"},
     "ssa.module": {"ssa.partition", "ssa.functional", "ssa.compression"},
     "ssa": {"ssa.partition", "ssa.functional", "ssa.compression", "ssa.module"},
 }

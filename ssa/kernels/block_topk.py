@@ -32,7 +32,8 @@ def _config(head_dim: int, dtype: torch.dtype, group: int) -> dict[str, int]:
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_J=32, HEADS=1, SHARE=0, num_warps=4, num_stages=1)
     if head_dim > 32:
-        return dict(BLOCK_M=64, BLOCK_J=128, HEADS=1, SHARE=4, num_warps=8, num_stages=3, **(dict(maxnreg=128) if head_dim <= 64 else {}))
+        registers = dict(maxnreg=128) if head_dim <= 64 else {}
+        return dict(BLOCK_M=64, BLOCK_J=128, HEADS=1, SHARE=4, num_warps=8, num_stages=3, **registers)
     # H200, 2026-11-22: three programs a multiprocessor
     return dict(BLOCK_M=64, BLOCK_J=64, HEADS=2 if group % 2 == 0 else 1, SHARE=4, num_warps=4, num_stages=3, maxnreg=168)
 
@@ -80,9 +81,9 @@ def _score_kernel(
 
 
 @triton.jit
-def _bits(scores_ptr, j, count, stride, ROWS: tl.constexpr, N: tl.constexpr = BLOCK_S):
-    """[N, ROWS] bits of scores j … of each row; −1, below every score, from `count` on and for a NaN."""
-    i = tl.arange(0, N)
+def _bits(scores_ptr, j, count, stride, ROWS: tl.constexpr):
+    """[BLOCK_S, ROWS] bits of scores j … of each row; −1, below every score, from `count` on and for a NaN."""
+    i = tl.arange(0, BLOCK_S)
     p = scores_ptr + stride.to(tl.int64) * j + (i[:, None] * stride + tl.arange(0, ROWS)[None, :])
     s = tl.load(p, mask=i[:, None] < (count - j)[None, :], other=-1.0)
     return tl.where(s >= 0.0, s.to(tl.int32, bitcast=True), -1)

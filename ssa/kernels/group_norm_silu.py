@@ -61,6 +61,18 @@ def _load(ptr, rows, cols, mask, features):
 
 
 @triton.jit
+def _pair(ptr, sample, num_samples, groups, group, mask):
+    """Both numbers of a sample's groups, from [2 B groups]."""
+    at = ptr + sample.to(tl.int64) * groups + group
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + num_samples.to(tl.int64) * groups, mask=mask, other=0.0)
+
+
+@triton.jit
+def _affine(weight_ptr, bias_ptr, cols, mask):
+    return tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32), tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _sigmoid(z):
     return tl.div_rn(tl.full(z.shape, 1.0, tl.float32), 1 + tl.exp(-z))  # the default division is off by two roundings
 
@@ -173,11 +185,8 @@ def _forward_kernel(
     cols = (tl.program_id(0) % tiles_f) * BLOCK_F + tl.arange(0, BLOCK_F)
     col_mask = cols < features
     sample, begin, end = _rows_of(cu_ptr, tl.program_id(0) // tiles_f, num_samples, tile_rows, steps)
-    at = stats_ptr + sample.to(tl.int64) * groups + cols // PER_GROUP
-    mean = tl.load(at, mask=col_mask, other=0.0)
-    rstd = tl.load(at + num_samples.to(tl.int64) * groups, mask=col_mask, other=0.0)
-    weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+    mean, rstd = _pair(stats_ptr, sample, num_samples, groups, cols // PER_GROUP, col_mask)
+    weight, bias = _affine(weight_ptr, bias_ptr, cols, col_mask)
     for start in range(begin, end, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         mask = (rows < end)[:, None] & col_mask[None, :]
@@ -218,11 +227,8 @@ def _sums_kernel(
     cols = (tl.program_id(0) % tiles_f) * BLOCK_F + tl.arange(0, BLOCK_F)
     col_mask = cols < features
     sample, begin, end = _rows_of(cu_ptr, tile, num_samples, tile_rows, steps)
-    at = stats_ptr + sample.to(tl.int64) * groups + cols // PER_GROUP
-    mean = tl.load(at, mask=col_mask, other=0.0)
-    rstd = tl.load(at + num_samples.to(tl.int64) * groups, mask=col_mask, other=0.0)
-    weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+    mean, rstd = _pair(stats_ptr, sample, num_samples, groups, cols // PER_GROUP, col_mask)
+    weight, bias = _affine(weight_ptr, bias_ptr, cols, col_mask)
     sum_dz = tl.zeros([BLOCK_F], tl.float32)
     sum_dzn = tl.zeros([BLOCK_F], tl.float32)
     for start in range(begin, end, BLOCK_T):
@@ -307,14 +313,9 @@ def _backward_kernel(
     cols = (tl.program_id(0) % tiles_f) * BLOCK_F + tl.arange(0, BLOCK_F)
     col_mask = cols < features
     sample, begin, end = _rows_of(cu_ptr, tl.program_id(0) // tiles_f, num_samples, tile_rows, steps)
-    at = sample.to(tl.int64) * groups + cols // PER_GROUP
-    second = at + num_samples.to(tl.int64) * groups
-    mean = tl.load(stats_ptr + at, mask=col_mask, other=0.0)
-    rstd = tl.load(stats_ptr + second, mask=col_mask, other=0.0)
-    m1 = tl.load(means_ptr + at, mask=col_mask, other=0.0)
-    m2 = tl.load(means_ptr + second, mask=col_mask, other=0.0)
-    weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+    mean, rstd = _pair(stats_ptr, sample, num_samples, groups, cols // PER_GROUP, col_mask)
+    m1, m2 = _pair(means_ptr, sample, num_samples, groups, cols // PER_GROUP, col_mask)
+    weight, bias = _affine(weight_ptr, bias_ptr, cols, col_mask)
     for start in range(begin, end, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         mask = (rows < end)[:, None] & col_mask[None, :]

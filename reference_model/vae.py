@@ -32,7 +32,7 @@ class VAEConfig:
     window_size: int = 8  # latents; odd layers shift by half of it
     latent_channels: int = 16
     decoder: str = "subpixel"  # or "symmetric", "released": the blocks of `vae_blocks`
-    pooling: str = "mean"  # or "released": sum / (n + 1)
+    pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning
     conv_backend: str | None = None  # "torch", "triton", "spconv"; None: triton on CUDA, torch elsewhere
@@ -49,7 +49,7 @@ class VAEConfig:
         head_dim = self.hidden_size // self.num_heads
         if self.hidden_size % self.num_heads or head_dim % 8 or not 16 <= head_dim <= 128:
             raise ValueError(f"hidden_size / num_heads must be a multiple of 8 from 16 to 128, got {self.hidden_size} / {self.num_heads}")
-        for name, ours in (("decoder", ("symmetric", "subpixel")), ("pooling", ("mean",)), ("ext_target", ("sign",))):
+        for name, ours in (("decoder", ("symmetric", "subpixel")), ("pooling", ("mean", "subpixel")), ("ext_target", ("sign",))):
             if getattr(self, name) not in (*ours, "released"):
                 raise ValueError(f"{name} must be one of {(*ours, 'released')}, got {getattr(self, name)!r}")
 

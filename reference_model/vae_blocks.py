@@ -5,6 +5,7 @@ Rows of a level are `vae_grid.Level`'s: by sample, latent and Z-curve. Letters: 
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,18 @@ class Pool(nn.Module):
         return (mean * self.factor(blocks.offsets.diff()[:, None].float())).to(x.dtype) if self.kind == "released" else mean
 
 
+@dataclass(frozen=True, eq=False)
+class Children:
+    """The rows of a level as children of the rows of the next coarser one."""
+
+    blocks: ssa.Blocks  # bounds of the children of each coarser row
+    places: Tensor  # [n] int64, 8 * coarser row + slot (0 … 7) of each row
+
+    def spread(self, x: Tensor) -> Tensor:
+        """x [n,C] → [rows,8C], zeros for absent children."""
+        return x.new_zeros(8 * len(self.blocks), x.shape[1]).index_copy(0, self.places, x).view(len(self.blocks), -1)
+
+
 class DownBlock(nn.Module):
     """Residual block of the release: norm, SiLU, pool 2^3, conv 3^3, norm, SiLU, conv 3^3, plus conv 1^3 of the pooled input."""
 
@@ -81,19 +94,50 @@ class DownBlock(nn.Module):
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
         self.skip = unit_linear(channels_in, channels_out)
 
-    def forward(self, x: Tensor, sizes: Sequence[int], blocks: ssa.Blocks, level: Level, level_sizes: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, sizes: Sequence[int], children: Children, level: Level, level_sizes: Sequence[int]) -> Tensor:
         """x [n,C] of the finer level with `sizes` rows a sample → [rows of level, C']."""
-        active = self.pool(F.silu(self.norm1(x, sizes)), blocks)
-        return self.convolve(active, self.pool(x, blocks), level, level_sizes)
+        active = self.pool(F.silu(self.norm1(x, sizes)), children.blocks)
+        return self.convolve(active, self.skip(self.pool(x, children.blocks)), level, level_sizes)
 
-    def convolve(self, active: Tensor, raw: Tensor, level: Level, level_sizes: Sequence[int]) -> Tensor:
-        h = self.conv1(active, level)
+    def reduce(self, active: Tensor, raw: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Children [r,8,C] after norm and SiLU, and before, zero where not mask [r,8] → what `convolve` takes."""
+        count = mask.sum(1, keepdim=True).float()
+        share = self.pool.factor(count) / count
+        return active.sum(1) * share, self.skip(raw.sum(1) * share)
+
+    def convolve(self, h: Tensor, skip: Tensor, level: Level, level_sizes: Sequence[int]) -> Tensor:
+        h = self.conv1(h, level)
         h = self.conv2(F.silu(self.norm2(h, level_sizes)), level)
-        return h + self.skip(raw).to(h.dtype)
+        return h + skip.to(h.dtype)
+
+
+class SubpixelDownBlock(nn.Module):
+    """`DownBlock` whose pooling is learned: each of the 8 children has its own matrix, in the branch and in the skip; absent ones count 0.
+
+    A mean forgets which children it is over: two layers of voxels in one layer of cells then look the same from both sides of the surface.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, backend: str | None):
+        super().__init__()
+        self.norm1, self.norm2 = SampleGroupNorm(channels_in), SampleGroupNorm(channels_out)
+        self.gather, self.skip = unit_linear(8 * channels_in, channels_out), unit_linear(8 * channels_in, channels_out)
+        self.conv1 = SparseConv3d(channels_out, channels_out, backend)
+        self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
+
+    def forward(self, x: Tensor, sizes: Sequence[int], children: Children, level: Level, level_sizes: Sequence[int]) -> Tensor:
+        """x [n,C] of the finer level with `sizes` rows a sample → [rows of level, C']."""
+        active = self.gather(children.spread(F.silu(self.norm1(x, sizes))))
+        return self.convolve(active, self.skip(children.spread(x)), level, level_sizes)
+
+    def reduce(self, active: Tensor, raw: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Children [r,8,C] after norm and SiLU, and before, zero where not mask [r,8] → what `convolve` takes."""
+        return self.gather(active.flatten(1)), self.skip(raw.flatten(1))
+
+    convolve = DownBlock.convolve
 
 
 class Lift(nn.Module):
-    """The finest level of the encoder: Linear 1 → C of each value, then norm, SiLU and pooling of the first `DownBlock`.
+    """The finest level of the encoder: Linear 1 → C of each value, then norm, SiLU and pooling of the first block.
 
     Every channel is an affine function of one number, so its norm needs only mean and variance of the values, and rows are made, pooled and
     dropped piece by piece: [N,C] of tens of millions of voxels never exists.
@@ -104,29 +148,28 @@ class Lift(nn.Module):
         self.linear = nn.Linear(1, channels)
 
     def forward(
-        self, values: Tensor, active: Tensor, sizes: Sequence[int], cells: Sequence[int], block: DownBlock
+        self, values: Tensor, active: Tensor, sizes: Sequence[int], cells: Sequence[int], block: DownBlock | SubpixelDownBlock
     ) -> tuple[Tensor, Tensor]:
         """values [n,8] float32 of the children of each cell, active [n,8] bool; sizes, cells: voxels and cells of each sample.
 
-        Returns (pooled activation, pooled input) [n,C] float32.
+        Returns what `block.convolve` takes, [n,...] each.
         """
         weight, bias = self.linear.weight[:, 0].float(), self.linear.bias.float()
-        pooled, raw = [], []
+        pieces = []
         for t, mask, size in zip(values.split(list(cells)), active.split(list(cells)), sizes, strict=True):
             mean = torch.where(mask, t, 0).sum() / max(size, 1)
             variance = torch.where(mask, t - mean, 0).square().sum() / max(size, 1)
             scale, shift = block.norm1.affine(weight * mean + bias, weight.square() * variance)
-            count = mask.sum(1, keepdim=True).float()
-            factor = block.pool.factor(count)
-            raw.append((torch.where(mask, t, 0).sum(1, keepdim=True) / count * weight + bias) * factor)
-            for rows, rows_mask, n in zip(t.split(_ROWS), mask.split(_ROWS), (factor / count).split(_ROWS), strict=True):
-                pooled.append(checkpoint(_activate, rows, rows_mask, weight * scale, bias * scale + shift, n, use_reentrant=False))
-        return torch.cat(pooled), torch.cat(raw)
+            for rows, rows_mask in zip(t.split(_ROWS), mask.split(_ROWS), strict=True):
+                more = weight, bias, scale, shift
+                pieces.append(checkpoint(_lift, block.reduce, rows, rows_mask, *more, use_reentrant=False))
+        h, skip = zip(*pieces, strict=True)
+        return torch.cat(h), torch.cat(skip)
 
 
-def _activate(t: Tensor, mask: Tensor, scale: Tensor, shift: Tensor, share: Tensor) -> Tensor:
-    """Sum over the active children t [n,8] of SiLU(t scale + shift), times share [n,1] → [n,C]."""
-    return (F.silu(t[..., None] * scale + shift) * mask[..., None]).sum(1) * share
+def _lift(reduce, t: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    raw = t[..., None] * weight + bias
+    return reduce(F.silu(raw * scale + shift) * mask[..., None], raw * mask[..., None], mask)
 
 
 class UpBlock(nn.Module):

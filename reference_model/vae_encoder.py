@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ssa
 from reference_model.dataset import VolumeBatch
-from reference_model.vae_blocks import AttentionBlock, DownBlock, Lift, position_code, unit_linear
+from reference_model.vae_blocks import AttentionBlock, Children, DownBlock, Lift, SubpixelDownBlock, position_code, unit_linear
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 from reference_model.volume import CELL, child_index
 
@@ -34,7 +34,7 @@ class EncoderPlan:
     values: Tensor  # [n4,8] float32: values of the children of each cell of 2^3 voxels, 0 where there is none
     active: Tensor  # [n4,8] bool
     levels: tuple[Level, ...]  # edges 4, 2, 1
-    blocks: tuple[ssa.Blocks, ...]  # children of the rows of levels[1], levels[2]
+    children: tuple[Children, ...]  # levels[0] under levels[1], levels[1] under levels[2]
     sizes: tuple[list[int], ...]  # rows of each sample at edges 8, 4, 2, 1
 
     @classmethod
@@ -53,14 +53,14 @@ class EncoderPlan:
         levels = tuple(Level.of(latents, neighbors, edge, masks[edge] if edge > 1 else None) for edge in EDGES)
         counts = torch.stack([F.pad(mask.sum(1).cumsum(0), (1, 0)) for mask in masks.values()])
         bounds = counts[:, batch.cu_latents.long()]
-        blocks = []
+        children = []
         for fine, coarse, cu in zip(levels, levels[1:], bounds[2:], strict=False):
-            children = masks[fine.edge].view(-1, 8).sum(1)
-            offsets = F.pad((children if coarse.places is None else children[coarse.places]).cumsum(0), (1, 0))
-            blocks.append(ssa.Blocks(2, offsets.int(), cu.int(), coarse.coords))
+            count = masks[fine.edge].view(-1, 8).sum(1)
+            offsets = F.pad((count if coarse.places is None else count[coarse.places]).cumsum(0), (1, 0))
+            children.append(Children(ssa.Blocks(2, offsets.int(), cu.int(), coarse.coords), coarse.places_of_children(fine)))
         rows = levels[0].places
         sizes = tuple(bounds.diff(dim=1).tolist())
-        return cls(values.view(-1, 8)[rows], active.view(-1, 8)[rows], levels, tuple(blocks), sizes)
+        return cls(values.view(-1, 8)[rows], active.view(-1, 8)[rows], levels, tuple(children), sizes)
 
 
 class Encoder(nn.Module):
@@ -69,7 +69,10 @@ class Encoder(nn.Module):
         widths = (*config.channels, config.hidden_size)
         self.checkpointing = False
         self.lift = Lift(widths[0])
-        self.down = nn.ModuleList(DownBlock(a, b, config.pooling, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
+        self.down = nn.ModuleList(
+            SubpixelDownBlock(a, b, config.conv_backend) if config.pooling == "subpixel" else DownBlock(a, b, config.pooling, config.conv_backend)
+            for a, b in zip(widths, widths[1:], strict=False)
+        )
         self.linear = unit_linear(config.hidden_size, config.hidden_size, GAIN)
         self.blocks = attention_blocks(config)
         self.moments = unit_linear(config.hidden_size, 2 * config.latent_channels)
@@ -81,10 +84,10 @@ class Encoder(nn.Module):
         """→ mean, logvar [L,16] float32, rows as the latents; partitions: windows without and with shift."""
         run = self._checkpointed if self.checkpointing and torch.is_grad_enabled() else _plain
         first = self.down[0]
-        active, raw = self.lift(plan.values, plan.active, plan.sizes[0], plan.sizes[1], first)
-        x = run(first.convolve, active, raw, plan.levels[0], plan.sizes[1])
+        h, skip = self.lift(plan.values, plan.active, plan.sizes[0], plan.sizes[1], first)
+        x = run(first.convolve, h, skip, plan.levels[0], plan.sizes[1])
         for i, block in enumerate(list(self.down)[1:]):
-            x = run(block, x, plan.sizes[i + 1], plan.blocks[i], plan.levels[i + 1], plan.sizes[i + 2])
+            x = run(block, x, plan.sizes[i + 1], plan.children[i], plan.levels[i + 1], plan.sizes[i + 2])
         x = self.linear(x)
         x = x + position_code(plan.levels[-1].latents[:, 1:], x.shape[1], factor)
         x = attend(self.blocks, x, partitions, run)

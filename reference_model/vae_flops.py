@@ -18,7 +18,10 @@ def forward_flops(model: SparseVAE, plan: EncoderPlan, partitions: tuple[ssa.Vox
     rows = len(plan.levels[-1])
     total = 2 * sum(plan.sizes[0]) * c.channels[0]
     for level, a, b in zip(plan.levels, c.channels, (*c.channels[1:], c.hidden_size), strict=True):
-        total += 2 * level.count_pairs() * (a * b + b * b) + 2 * len(level) * a * b
+        if c.pooling == "subpixel":
+            total += 4 * level.count_pairs() * b * b + 32 * len(level) * a * b
+        else:
+            total += 2 * level.count_pairs() * (a * b + b * b) + 2 * len(level) * a * b
     total += 2 * rows * c.hidden_size * (c.hidden_size + 3 * c.latent_channels) + 2 * _attention(c, partitions)
     latents = plan.levels[-1].latents
     coarse = plan.levels[-1]

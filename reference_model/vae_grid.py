@@ -80,6 +80,11 @@ class Level:
         child = slot_coords(self.edge, device) @ torch.tensor([self.edge**2, self.edge, 1], device=device)
         return places - places % count + child[places % count]
 
+    def places_of_children(self, finer: Level) -> Tensor:
+        """[n of finer] int64: 8 * row of this level + slot below it of each row of the next finer level."""
+        places = torch.arange(len(finer), device=self.latents.device) if finer.places is None else finer.places
+        return self._row_of_place[places // 8].long() * 8 + places % 8
+
     def _row_at(self, latent: Tensor, slot: Tensor) -> Tensor:
         """Rows of cells named by latent (int32, -1 = none) and slot (int32)."""
         place = torch.where(latent >= 0, latent, len(self.latents)) * self.edge**3 + slot

@@ -16,6 +16,7 @@ from reference_model.vae_blocks import (
     Pool,
     ReleasedUpBlock,
     SampleGroupNorm,
+    SubpixelDownBlock,
     SubpixelUpBlock,
     UpBlock,
     position_code,
@@ -56,56 +57,83 @@ def plain_parents(batch, edge):
     return level, [rows[(b, x // size, y // size, z // size)] for b, x, y, z in batch.coords.tolist()]
 
 
-@pytest.mark.parametrize(("pooling", "more"), [("mean", 0), ("released", 1)])
-def test_lift_and_first_block(pooling, more):
-    """Linear 1→C, then the block: with all rows of all channels, as the paper has it."""
+POOLINGS = ["mean", "released", "subpixel"]
+
+
+def down_block(channels_in, channels_out, pooling):
+    return SubpixelDownBlock(channels_in, channels_out, None) if pooling == "subpixel" else DownBlock(channels_in, channels_out, pooling, None)
+
+
+def plain_pool(pooling, x, rows, slots, count):
+    """Rows x [n,C] → [count,C] (mean, released) or [count,8C] (subpixel), one by one."""
+    if pooling != "subpixel":
+        number = torch.bincount(rows, minlength=count)[:, None] + (pooling == "released")
+        return torch.zeros(count, x.shape[1]).index_add(0, rows, x) / number
+    out = torch.zeros(count, 8, x.shape[1])
+    return out.index_put((rows, slots), x).flatten(1)
+
+
+def plain_norm(module, x, sizes):
+    """GroupNorm of each sample, then SiLU."""
+    parts = [F.group_norm(p.T[None], math.gcd(32, x.shape[1]), module.weight, module.bias)[0].T for p in x.split(sizes)]
+    return F.silu(torch.cat(parts))
+
+
+def slots_below(coords):
+    """0 … 7 of each cell in its parent, x slowest."""
+    return (coords[:, 1:].long() % 2) @ torch.tensor([4, 2, 1])
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_lift_and_first_block(pooling):
+    """Linear 1→C, then the pooling of the block: with all rows of all channels, as the paper has it."""
     batch = small_batch()
-    channels = 6
-    lift, block = stirred(Lift(channels)), stirred(DownBlock(channels, 10, pooling, None), seed=1)
+    lift, block = stirred(Lift(6)), stirred(down_block(6, 10, pooling), seed=1)
     plan = EncoderPlan.build(batch)
     got = lift(plan.values, plan.active, plan.sizes[0], plan.sizes[1], block)
-    x = lift.linear(batch.values[:, None])
-    normed = torch.cat([
-        F.group_norm(part.T[None], math.gcd(32, channels), block.norm1.weight, block.norm1.bias)[0].T for part in x.split(plan.sizes[0])
-    ])
     level, parent = plain_parents(batch, 4)
-    index = torch.tensor(parent)
-    count = torch.bincount(index)[:, None]
-    for name, value, result in (("active", F.silu(normed), got[0]), ("raw", x, got[1])):
-        expected = torch.zeros(len(level), channels).index_add(0, index, value) / (count + more)
-        assert (result - expected).abs().max() < 2e-5, name
-    grads = torch.autograd.grad(got[0].square().sum() + got[1].square().sum(), [lift.linear.weight, block.norm1.weight])
-    pooled = [torch.zeros(len(level), channels).index_add(0, index, v) / (count + more) for v in (F.silu(normed), x)]
-    plain = torch.autograd.grad(sum(p.square().sum() for p in pooled), [lift.linear.weight, block.norm1.weight])
-    for a, b in zip(grads, plain, strict=True):
+    x = lift.linear(batch.values[:, None])
+    pooled = [plain_pool(pooling, v, torch.tensor(parent), slots_below(batch.coords), len(level))
+              for v in (plain_norm(block.norm1, x, plan.sizes[0]), x)]  # fmt: skip
+    plain = (block.gather(pooled[0]) if pooling == "subpixel" else pooled[0], block.skip(pooled[1]))
+    for a, b in zip(got, plain, strict=True):
+        close(a, b)
+    weights = [lift.linear.weight, block.norm1.weight, block.skip.weight]
+    grads = [torch.autograd.grad(sum(p.square().sum() for p in outputs), weights) for outputs in (got, plain)]
+    for a, b in zip(*grads, strict=True):
         close(a, b, 1e-4)
 
 
-@pytest.mark.parametrize(("pooling", "more"), [("mean", 0), ("released", 1)])
-def test_down_block(pooling, more):
-    batch = small_batch()
-    plan = EncoderPlan.build(batch)
-    block = stirred(DownBlock(6, 10, pooling, None))
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_down_block(pooling):
+    plan = EncoderPlan.build(small_batch())
+    block = stirred(down_block(6, 10, pooling))
     x = torch.randn(len(plan.levels[0]), 6)
-    got = block(x, plan.sizes[1], plan.blocks[0], plan.levels[1], plan.sizes[2])
+    got = block(x, plan.sizes[1], plan.children[0], plan.levels[1], plan.sizes[2])
     fine, level = plan.levels[:2]
     rows = {tuple(c): i for i, c in enumerate(level.coords.tolist())}
     index = torch.tensor([rows[(b, i // 2, j // 2, k // 2)] for b, i, j, k in fine.coords.tolist()])
-    count = torch.bincount(index)[:, None]
 
     def pool(v):
-        return torch.zeros(len(level), v.shape[1]).index_add(0, index, v) / (count + more)
-
-    def norm(module, v, sizes):
-        parts = [F.group_norm(p.T[None], math.gcd(32, v.shape[1]), module.weight, module.bias)[0].T for p in v.split(sizes)]
-        return F.silu(torch.cat(parts))
+        return plain_pool(pooling, v, index, slots_below(fine.coords), len(level))
 
     def conv(module, v):
         return ssa.submanifold_conv3d(v, module.kernel, module.bias, level.neighbors, impl="naive")
 
-    h = conv(block.conv1, pool(norm(block.norm1, x, plan.sizes[1])))
-    h = conv(block.conv2, norm(block.norm2, h, plan.sizes[2]))
+    active = pool(plain_norm(block.norm1, x, plan.sizes[1]))
+    h = conv(block.conv1, block.gather(active) if pooling == "subpixel" else active)
+    h = conv(block.conv2, plain_norm(block.norm2, h, plan.sizes[2]))
     close(got, h + block.skip(pool(x)))
+
+
+def test_learned_pooling_tells_the_sides_of_a_surface_apart():
+    """Two layers of voxels in one layer of cells, seen from either side: means are equal, learned poolings are not."""
+    t = torch.tensor([0.1, -0.9]).repeat_interleave(4)[None]
+    mask = torch.ones_like(t, dtype=torch.bool)
+    for pooling in POOLINGS:
+        lift, block = stirred(Lift(6)), stirred(down_block(6, 10, pooling), seed=1)
+        sides = [torch.cat(lift(side, mask, [8], [1], block), 1) for side in (t, t.flip(1))]
+        assert ((sides[0] - sides[1]).abs().max() > 0.1) == (pooling == "subpixel")
 
 
 @pytest.mark.parametrize("kind", [UpBlock, SubpixelUpBlock, ReleasedUpBlock])
@@ -172,9 +200,10 @@ def test_position_code():
     close(position_code(coords, 48, 2.0), position_code(2 * coords, 48, 1.0))
 
 
-def test_zero_start():
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_zero_start(pooling):
     """A fresh residual block is its skip."""
-    block = DownBlock(4, 8, "mean", None)
+    block = down_block(4, 8, pooling)
     level = random_level(2, 0.5)
-    x = torch.randn(len(level), 4)
-    close(block.convolve(torch.randn(len(level), 4), x, level, [len(level)]), nn.functional.linear(x, block.skip.weight, block.skip.bias))
+    h, skip = torch.randn(len(level), 8 if pooling == "subpixel" else 4), torch.randn(len(level), 8)
+    assert torch.equal(block.convolve(h, skip, level, [len(level)]), skip)

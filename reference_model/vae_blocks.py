@@ -3,9 +3,11 @@
 Rows of a level are `vae_grid.Level`'s: by sample, latent and Z-curve. Letters: n rows, C channels, L latents, B samples.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import ssa
 from reference_model.sparse_conv import SparseConv3d
 from reference_model.vae_grid import Level
+
+if TYPE_CHECKING:
+    from reference_model.vae_encoder import EncoderPlan
 
 _ROWS = 1 << 18  # rows of the finest level handled at once: [rows, 8, 32] float32 is 268 MB
 
@@ -27,8 +32,8 @@ def unit_linear(channels_in: int, channels_out: int, gain: float = 1.0) -> nn.Li
     return linear
 
 
-class SampleGroupNorm(nn.Module):
-    """GroupNorm over all rows of a sample and the channels of a group (32 groups, fewer if 32 does not divide C); float32, eps 1e-5."""
+class GroupNormSiLU(nn.Module):
+    """SiLU of GroupNorm over all rows of a sample and the channels of a group (32 groups, fewer if 32 does not divide C); eps 1e-5."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -36,22 +41,17 @@ class SampleGroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """x [n,C], sizes: rows of each sample → [n,C] in x's dtype."""
-        parts = []
-        for part in x.split(list(sizes)):
-            variance, mean = torch.var_mean(part.float(), 0, correction=0) if len(part) else (self.bias, self.bias)
-            scale, shift = self.affine(mean, variance)
-            parts.append(torch.addcmul(shift, part.float(), scale).to(x.dtype))
-        return torch.cat(parts)
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """x [n,C], cu_seqlens [B+1] int32: bounds of the samples → [n,C] in x's dtype."""
+        return ssa.group_norm_silu(x, self.weight, self.bias, cu_seqlens, self.groups, self.eps)
 
     def affine(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments [C] of each channel → (scale, shift) [C] such that x * scale + shift is the normalised x."""
-        means, variances = mean.view(self.groups, -1), variance.view(self.groups, -1)
-        center = means.mean(1, keepdim=True)
-        spread = (variances + (means - center).square()).mean(1, keepdim=True)
-        scale = (torch.rsqrt(spread + self.eps) * self.weight.view_as(means)).flatten()
-        return scale, self.bias - center.expand_as(means).flatten() * scale
+        """Moments [B,C] of each channel → (scale, shift) [B,C] such that x * scale + shift is the normalised x."""
+        means, variances = (x.unflatten(1, (self.groups, -1)) for x in (mean, variance))
+        center = means.mean(2, keepdim=True)
+        spread = (variances + (means - center).square()).mean(2, keepdim=True)
+        scale = (torch.rsqrt(spread + self.eps) * self.weight.view(self.groups, -1)).flatten(1)
+        return scale, self.bias - center.expand_as(means).flatten(1) * scale
 
 
 class Pool(nn.Module):
@@ -88,16 +88,16 @@ class DownBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, pooling: str, backend: str | None):
         super().__init__()
-        self.norm1, self.norm2 = SampleGroupNorm(channels_in), SampleGroupNorm(channels_out)
+        self.norm1, self.norm2 = GroupNormSiLU(channels_in), GroupNormSiLU(channels_out)
         self.pool = Pool(pooling)
         self.conv1 = SparseConv3d(channels_in, channels_out, backend)
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
         self.skip = unit_linear(channels_in, channels_out)
 
-    def forward(self, x: Tensor, sizes: Sequence[int], children: Children, level: Level, level_sizes: Sequence[int]) -> Tensor:
-        """x [n,C] of the finer level with `sizes` rows a sample → [rows of level, C']."""
-        active = self.pool(F.silu(self.norm1(x, sizes)), children.blocks)
-        return self.convolve(active, self.skip(self.pool(x, children.blocks)), level, level_sizes)
+    def forward(self, x: Tensor, cu_seqlens: Tensor, children: Children, level: Level, cu_level: Tensor) -> Tensor:
+        """x [n,C] of the finer level → [rows of level, C']; cu_seqlens, cu_level [B+1] int32: bounds of the samples among both."""
+        active = self.pool(self.norm1(x, cu_seqlens), children.blocks)
+        return self.convolve(active, self.skip(self.pool(x, children.blocks)), level, cu_level)
 
     def reduce(self, active: Tensor, raw: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Children [r,8,C] after norm and SiLU, and before, zero where not mask [r,8] → what `convolve` takes."""
@@ -105,9 +105,9 @@ class DownBlock(nn.Module):
         share = self.pool.factor(count) / count
         return active.sum(1) * share, self.skip(raw.sum(1) * share)
 
-    def convolve(self, h: Tensor, skip: Tensor, level: Level, level_sizes: Sequence[int]) -> Tensor:
+    def convolve(self, h: Tensor, skip: Tensor, level: Level, cu_level: Tensor) -> Tensor:
         h = self.conv1(h, level)
-        h = self.conv2(F.silu(self.norm2(h, level_sizes)), level)
+        h = self.conv2(self.norm2(h, cu_level), level)
         return h + skip.to(h.dtype)
 
 
@@ -119,15 +119,15 @@ class SubpixelDownBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, backend: str | None):
         super().__init__()
-        self.norm1, self.norm2 = SampleGroupNorm(channels_in), SampleGroupNorm(channels_out)
+        self.norm1, self.norm2 = GroupNormSiLU(channels_in), GroupNormSiLU(channels_out)
         self.gather, self.skip = unit_linear(8 * channels_in, channels_out), unit_linear(8 * channels_in, channels_out)
         self.conv1 = SparseConv3d(channels_out, channels_out, backend)
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
 
-    def forward(self, x: Tensor, sizes: Sequence[int], children: Children, level: Level, level_sizes: Sequence[int]) -> Tensor:
-        """x [n,C] of the finer level with `sizes` rows a sample → [rows of level, C']."""
-        active = self.gather(children.spread(F.silu(self.norm1(x, sizes))))
-        return self.convolve(active, self.skip(children.spread(x)), level, level_sizes)
+    def forward(self, x: Tensor, cu_seqlens: Tensor, children: Children, level: Level, cu_level: Tensor) -> Tensor:
+        """x [n,C] of the finer level → [rows of level, C']; cu_seqlens, cu_level [B+1] int32: bounds of the samples among both."""
+        active = self.gather(children.spread(self.norm1(x, cu_seqlens)))
+        return self.convolve(active, self.skip(children.spread(x)), level, cu_level)
 
     def reduce(self, active: Tensor, raw: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Children [r,8,C] after norm and SiLU, and before, zero where not mask [r,8] → what `convolve` takes."""
@@ -147,22 +147,15 @@ class Lift(nn.Module):
         super().__init__()
         self.linear = nn.Linear(1, channels)
 
-    def forward(
-        self, values: Tensor, active: Tensor, sizes: Sequence[int], cells: Sequence[int], block: DownBlock | SubpixelDownBlock
-    ) -> tuple[Tensor, Tensor]:
-        """values [n,8] float32 of the children of each cell, active [n,8] bool; sizes, cells: voxels and cells of each sample.
-
-        Returns what `block.convolve` takes, [n,...] each.
-        """
+    def forward(self, plan: EncoderPlan, block: DownBlock | SubpixelDownBlock) -> tuple[Tensor, Tensor]:
+        """What `block.convolve` takes, a row for each cell of 2^3 voxels."""
         weight, bias = self.linear.weight[:, 0].float(), self.linear.bias.float()
+        mean, variance = plan.moments[:, :, None].unbind(1)
+        scales, shifts = block.norm1.affine(weight * mean + bias, weight.square() * variance)
         pieces = []
-        for t, mask, size in zip(values.split(list(cells)), active.split(list(cells)), sizes, strict=True):
-            mean = torch.where(mask, t, 0).sum() / max(size, 1)
-            variance = torch.where(mask, t - mean, 0).square().sum() / max(size, 1)
-            scale, shift = block.norm1.affine(weight * mean + bias, weight.square() * variance)
+        for t, mask, scale, shift in zip(plan.values.split(plan.cells), plan.active.split(plan.cells), scales, shifts, strict=True):
             for rows, rows_mask in zip(t.split(_ROWS), mask.split(_ROWS), strict=True):
-                more = weight, bias, scale, shift
-                pieces.append(checkpoint(_lift, block.reduce, rows, rows_mask, *more, use_reentrant=False))
+                pieces.append(checkpoint(_lift, block.reduce, rows, rows_mask, weight, bias, scale, shift, use_reentrant=False))
         h, skip = zip(*pieces, strict=True)
         return torch.cat(h), torch.cat(skip)
 

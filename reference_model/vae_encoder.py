@@ -35,11 +35,13 @@ class EncoderPlan:
     active: Tensor  # [n4,8] bool
     levels: tuple[Level, ...]  # edges 4, 2, 1
     children: tuple[Children, ...]  # levels[0] under levels[1], levels[1] under levels[2]
-    sizes: tuple[list[int], ...]  # rows of each sample at edges 8, 4, 2, 1
+    moments: Tensor  # [B,2] float32: mean and variance of each sample's values
+    cells: list[int]  # rows of each sample of levels[0]
+    cu_seqlens: tuple[Tensor, ...]  # [B+1] int32, bounds of the samples among the rows of each level
 
     @classmethod
     def build(cls, batch: VolumeBatch) -> EncoderPlan:
-        """One host synchronisation for the sizes, one for each level's rows."""
+        """One host synchronisation for the cells, one for each level's rows."""
         latents, device = batch.latents, batch.latents.device
         place = batch.latent_index.long() * CELL**3 + slots_of_children(device)[child_index(batch.coords[:, 1:])]
         values = torch.zeros(len(latents) * CELL**3, device=device)
@@ -59,8 +61,18 @@ class EncoderPlan:
             offsets = F.pad((count if coarse.places is None else count[coarse.places]).cumsum(0), (1, 0))
             children.append(Children(ssa.Blocks(2, offsets.int(), cu.int(), coarse.coords), coarse.places_of_children(fine)))
         rows = levels[0].places
-        sizes = tuple(bounds.diff(dim=1).tolist())
-        return cls(values.view(-1, 8)[rows], active.view(-1, 8)[rows], levels, tuple(children), sizes)
+        return cls(
+            values.view(-1, 8)[rows], active.view(-1, 8)[rows], levels, tuple(children), _moments(batch), bounds[1].diff().tolist(),
+            tuple(bounds[1:].int().unbind()),
+        )  # fmt: skip
+
+
+def _moments(batch: VolumeBatch) -> Tensor:
+    """[B,2] float32: mean and variance of the values of each sample, 0 where there are none."""
+    t, cu = batch.values.clamp(-1, 1).double(), batch.cu_seqlens.long()
+    sums = F.pad(torch.stack((t, t.square()), 1).cumsum(0), (0, 0, 1, 0))[cu].diff(dim=0)
+    mean, square = (sums / cu.diff()[:, None].clamp(min=1)).unbind(1)
+    return torch.stack((mean, (square - mean.square()).clamp(min=0)), 1).float()
 
 
 class Encoder(nn.Module):
@@ -84,10 +96,10 @@ class Encoder(nn.Module):
         """→ mean, logvar [L,16] float32, rows as the latents; partitions: windows without and with shift."""
         run = self._checkpointed if self.checkpointing and torch.is_grad_enabled() else _plain
         first = self.down[0]
-        h, skip = self.lift(plan.values, plan.active, plan.sizes[0], plan.sizes[1], first)
-        x = run(first.convolve, h, skip, plan.levels[0], plan.sizes[1])
+        h, skip = self.lift(plan, first)
+        x = run(first.convolve, h, skip, plan.levels[0], plan.cu_seqlens[0])
         for i, block in enumerate(list(self.down)[1:]):
-            x = run(block, x, plan.sizes[i + 1], plan.children[i], plan.levels[i + 1], plan.sizes[i + 2])
+            x = run(block, x, plan.cu_seqlens[i], plan.children[i], plan.levels[i + 1], plan.cu_seqlens[i + 1])
         x = self.linear(x)
         x = x + position_code(plan.levels[-1].latents[:, 1:], x.shape[1], factor)
         x = attend(self.blocks, x, partitions, run)

@@ -16,7 +16,7 @@ def forward_flops(model: SparseVAE, plan: EncoderPlan, partitions: tuple[ssa.Vox
     """Operations of encoder and decoder, two a multiply-add; a backward costs twice as much again."""
     c = model.config
     rows = len(plan.levels[-1])
-    total = 2 * sum(plan.sizes[0]) * c.channels[0]
+    total = 2 * int(plan.active.sum()) * c.channels[0]
     for level, a, b in zip(plan.levels, c.channels, (*c.channels[1:], c.hidden_size), strict=True):
         if c.pooling == "subpixel":
             total += 4 * level.count_pairs() * b * b + 32 * len(level) * a * b

@@ -4,6 +4,7 @@ from .functional import (
     block_mean,
     block_topk,
     compression_attention,
+    group_norm_silu,
     selected_attention,
     spatial_sparse_attention,
     submanifold_conv3d,

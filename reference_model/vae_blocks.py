@@ -54,6 +54,13 @@ class GroupNormSiLU(nn.Module):
         return scale, self.bias - center.expand_as(means).flatten(1) * scale
 
 
+class LayerNormSiLU(nn.LayerNorm):
+    """SiLU of the LayerNorm of each row, in the dtype of the row. Worth compiling on a GPU: torch's own kernel is slow on narrow rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x)).to(x.dtype)
+
+
 class Pool(nn.Module):
     """Mean over the active children of each row of the next coarser level; "released" divides by their number plus one."""
 
@@ -83,7 +90,20 @@ class Children:
         return x.new_zeros(8 * len(self.blocks), x.shape[1]).index_copy(0, self.places, x).view(len(self.blocks), -1)
 
 
-class DownBlock(nn.Module):
+class _DownTail(nn.Module):
+    """What follows the pooling of a down block: conv 3^3, norm, SiLU, conv 3^3, plus the skip."""
+
+    conv1: SparseConv3d
+    conv2: SparseConv3d
+    norm2: GroupNormSiLU
+
+    def convolve(self, h: Tensor, skip: Tensor, level: Level, cu_level: Tensor) -> Tensor:
+        h = self.conv1(h, level)
+        h = self.conv2(self.norm2(h, cu_level), level)
+        return h + skip.to(h.dtype)
+
+
+class DownBlock(_DownTail):
     """Residual block of the release: norm, SiLU, pool 2^3, conv 3^3, norm, SiLU, conv 3^3, plus conv 1^3 of the pooled input."""
 
     def __init__(self, channels_in: int, channels_out: int, pooling: str, backend: str | None):
@@ -105,13 +125,8 @@ class DownBlock(nn.Module):
         share = self.pool.factor(count) / count
         return active.sum(1) * share, self.skip(raw.sum(1) * share)
 
-    def convolve(self, h: Tensor, skip: Tensor, level: Level, cu_level: Tensor) -> Tensor:
-        h = self.conv1(h, level)
-        h = self.conv2(self.norm2(h, cu_level), level)
-        return h + skip.to(h.dtype)
 
-
-class SubpixelDownBlock(nn.Module):
+class SubpixelDownBlock(_DownTail):
     """`DownBlock` whose pooling is learned: each of the 8 children has its own matrix, in the branch and in the skip; absent ones count 0.
 
     A mean forgets which children it is over: two layers of voxels in one layer of cells then look the same from both sides of the surface.
@@ -133,7 +148,11 @@ class SubpixelDownBlock(nn.Module):
         """Children [r,8,C] after norm and SiLU, and before, zero where not mask [r,8] → what `convolve` takes."""
         return self.gather(active.flatten(1)), self.skip(raw.flatten(1))
 
-    convolve = DownBlock.convolve
+
+def down_block(channels_in: int, channels_out: int, pooling: str, backend: str | None = None) -> DownBlock | SubpixelDownBlock:
+    if pooling == "subpixel":
+        return SubpixelDownBlock(channels_in, channels_out, backend)
+    return DownBlock(channels_in, channels_out, pooling, backend)
 
 
 class Lift(nn.Module):
@@ -173,16 +192,15 @@ class UpBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, backend: str | None):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(channels_in), nn.LayerNorm(channels_out)
+        self.norm1, self.norm2 = LayerNormSiLU(channels_in), LayerNormSiLU(channels_out)
         self.conv1 = SparseConv3d(channels_in, channels_out, backend)
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
         self.skip = unit_linear(channels_in, channels_out)
 
     def forward(self, x: Tensor, level: Level, finer: Level) -> Tensor:
         """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`."""
-        h = F.silu(self.norm1(x)).to(x.dtype)
-        h = self.conv1(h.repeat_interleave(8, 0), finer)
-        h = self.conv2(F.silu(self.norm2(h)).to(h.dtype), finer)
+        h = self.conv1(self.norm1(x).repeat_interleave(8, 0), finer)
+        h = self.conv2(self.norm2(h), finer)
         return h + self.skip(x).to(h.dtype).repeat_interleave(8, 0)
 
 
@@ -194,15 +212,15 @@ class SubpixelUpBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, backend: str | None):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(channels_in), nn.LayerNorm(channels_out)
+        self.norm1, self.norm2 = LayerNormSiLU(channels_in), LayerNormSiLU(channels_out)
         self.spread, self.skip = unit_linear(channels_in, 8 * channels_out), unit_linear(channels_in, 8 * channels_out)
         self.conv1 = SparseConv3d(channels_out, channels_out, backend)
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
 
     def forward(self, x: Tensor, level: Level, finer: Level) -> Tensor:
         """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`."""
-        h = self.conv1(_to_children(self.spread(F.silu(self.norm1(x)))), finer)
-        h = self.conv2(F.silu(self.norm2(h)).to(h.dtype), finer)
+        h = self.conv1(_to_children(self.spread(self.norm1(x))), finer)
+        h = self.conv2(self.norm2(h), finer)
         return h + _to_children(self.skip(x).to(h.dtype))
 
 

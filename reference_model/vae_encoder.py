@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ssa
 from reference_model.dataset import VolumeBatch
-from reference_model.vae_blocks import AttentionBlock, Children, DownBlock, Lift, SubpixelDownBlock, position_code, unit_linear
+from reference_model.vae_blocks import AttentionBlock, Children, Lift, down_block, position_code, unit_linear
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 from reference_model.volume import CELL, child_index
 
@@ -81,10 +81,7 @@ class Encoder(nn.Module):
         widths = (*config.channels, config.hidden_size)
         self.checkpointing = False
         self.lift = Lift(widths[0])
-        self.down = nn.ModuleList(
-            SubpixelDownBlock(a, b, config.conv_backend) if config.pooling == "subpixel" else DownBlock(a, b, config.pooling, config.conv_backend)
-            for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.down = nn.ModuleList(down_block(a, b, config.pooling, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
         self.linear = unit_linear(config.hidden_size, config.hidden_size, GAIN)
         self.blocks = attention_blocks(config)
         self.moments = unit_linear(config.hidden_size, 2 * config.latent_channels)

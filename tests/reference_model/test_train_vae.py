@@ -12,7 +12,7 @@ from reference_model.checkpoint import list_checkpoints, read_header
 from reference_model.cli import parse
 from reference_model.dataset import PreparedVolume
 from reference_model.train_settings import TrainSettings
-from reference_model.train_vae import load_data, main, split_prepared
+from reference_model.train_vae import build_model, load_data, main, split_prepared
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_decode import load_vae, read_card
 
@@ -46,6 +46,13 @@ def test_compact_weights_stay_below_8_mb() -> None:
     with torch.device("meta"):
         model = SparseVAE(VAEConfig(**configuration("vae=compact")["vae"]))
     assert 2 * sum(p.numel() for p in model.parameters()) < 7.95e6
+
+
+def test_compile_takes_the_norms_of_the_decoder() -> None:
+    """Only marked here: the first call compiles."""
+    model = build_model(configuration("train=gpu-256", "vae=tiny"), {}, torch.device("cpu"))
+    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
+    assert compiled == [f"decoder.up.{i}.norm{j}" for i in range(3) for j in (1, 2)]
 
 
 def test_held_out_meshes_and_their_copies_are_not_trained_on() -> None:

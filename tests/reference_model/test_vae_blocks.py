@@ -4,21 +4,19 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from vae_inputs import random_latents, random_level, small_batch, stirred
 
 import ssa
 from reference_model.vae_blocks import (
     AttentionBlock,
-    DownBlock,
+    GroupNormSiLU,
     Lift,
     Pool,
     ReleasedUpBlock,
-    GroupNormSiLU,
-    SubpixelDownBlock,
     SubpixelUpBlock,
     UpBlock,
+    down_block,
     position_code,
 )
 from reference_model.vae_encoder import EncoderPlan
@@ -59,10 +57,6 @@ def plain_parents(batch, edge):
 
 
 POOLINGS = ["mean", "released", "subpixel"]
-
-
-def down_block(channels_in, channels_out, pooling):
-    return SubpixelDownBlock(channels_in, channels_out, None) if pooling == "subpixel" else DownBlock(channels_in, channels_out, pooling, None)
 
 
 def plain_pool(pooling, x, rows, slots, count):

@@ -242,7 +242,7 @@ def _ask_signs(surface: Surface, cells: np.ndarray, tile: np.ndarray, joined: li
             fine, row = fine[keep], row[keep]
             if edge > 1:
                 fine, row = _children(fine), np.repeat(row, 8)
-        flat[row, _child_index(fine)] = np.where(surface.winding(_centers(fine, resolution)) > 0.5, -1, 1)
+        flat[row, _child_index(fine)] = np.where(surface.winding(_centers(fine, resolution), 0.0) > 0.5, -1, 1)
     for turn in range(5):
         open_tiles = np.flatnonzero((flat == 0).any(1))
         if len(open_tiles) == 0:
@@ -250,7 +250,7 @@ def _ask_signs(surface: Surface, cells: np.ndarray, tile: np.ndarray, joined: li
         rows, places = open_tiles, np.argmax(np.where(flat[open_tiles] == 0, distance[open_tiles], -1), 1)
         if turn == 4:
             rows, places = np.nonzero(flat == 0)
-        inside = surface.winding(_centers(cells[rows] * CELL + child[places], resolution)) > 0.5
+        inside = surface.winding(_centers(cells[rows] * CELL + child[places], resolution), 0.0) > 0.5
         flat[rows, places] = np.where(inside, -1, 1)
         _spread_signs(sign, joined)
     return sign

@@ -1,0 +1,64 @@
+"""Distances and winding numbers of triangles, asked only as far and as exactly as needed: vertices [V,3] float64, faces [F,3] int64."""
+
+import numpy as np
+
+from reference_model.cli import optional_import
+from reference_model.triangles import longest_edges, split_longest
+
+_BLOCK = 1 << 16  # points that share a tree
+_FEW = 1024  # faces not worth another tree
+_LONG = 1 / 16
+_ACCURACY = 1.2  # of igl's accuracy scale, whose default is 2: four times as fast
+ROUGH = 0.2  # most that a rough winding number errs: 0.11 is the worst of 4 million points around two assemblies of 100 parts
+
+
+def distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound: float) -> np.ndarray:
+    """Distance [n] float64 from points [n,3] to the faces; NaN beyond `bound`.
+
+    Points are halved into blocks, each with a tree of the faces that its box meets: a third faster than one tree of all.
+    """
+    result = np.full(len(points), np.nan)
+    if len(faces) == 0 or len(points) == 0:
+        return result
+    igl = optional_import("igl")
+    corners = vertices[faces]
+    low, high = corners.min(1) - bound, corners.max(1) + bound
+    todo = [(np.arange(len(points)), np.arange(len(faces)))]
+    while todo:
+        row, face = todo.pop()
+        block = points[row]
+        start, end = block.min(0), block.max(0)
+        face = face[((low[face] <= end) & (high[face] >= start)).all(1)]
+        if len(face) == 0:
+            continue
+        if len(row) > _BLOCK and len(face) > _FEW:
+            half = np.argpartition(block[:, np.argmax(end - start)], len(row) // 2)
+            todo += [(row[part], face) for part in np.split(half, [len(row) // 2])]
+            continue
+        used, local = np.unique(faces[face], return_inverse=True)
+        local = np.ascontiguousarray(local.reshape(-1, 3), np.int64)
+        result[row] = igl.signed_distance(block, vertices[used], local, igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0, bound)[0]
+    return result
+
+
+class WindingNumber:
+    """Winding numbers of oriented faces (Jacobson et al. 2013) from a tree (Barill et al. 2018)."""
+
+    def __init__(self, vertices: np.ndarray, faces: np.ndarray) -> None:
+        done = [faces[:0]]
+        while len(faces):  # a tree of short faces answers twice as fast where some are long
+            long = longest_edges(vertices, faces) > _LONG
+            done.append(faces[~long])
+            vertices, faces = split_longest(vertices, faces[long])
+        self.tree = optional_import("igl").FastWindingNumberBVH()
+        self.tree.init(vertices, np.concatenate(done))
+
+    def __call__(self, points: np.ndarray, within: float | np.ndarray) -> np.ndarray:
+        """[n] float64 at points [n,3]; off by up to 0.2 where it differs from 1/2 and -1/2 by more than `within` ([n] or one for all)."""
+        points = np.ascontiguousarray(points)
+        if np.isscalar(within) and np.isinf(within):
+            return self.tree.winding_number(points)
+        number = self.tree.winding_number(points, _ACCURACY)
+        asked = np.abs(np.abs(number) - 0.5) <= within + ROUGH
+        number[asked] = self.tree.winding_number(points[asked])
+        return number

@@ -78,9 +78,9 @@ def lone_faces(surface: "Surface") -> tuple[np.ndarray, np.ndarray]:
     faces, area = faces[wide], area[wide]
     center, step = vertices[faces].mean(1), _FLAP * normals(vertices, faces)
     lone = np.arange(len(faces))
-    for within, off in ((0.0, ROUGH), (np.inf, 0.0)):  # roughly for all, most of which have 1 behind them; exactly for the rest
+    for within, off in ((0.0, ROUGH), (np.inf, 0.0)):  # first roughly: most faces have 1 behind them, those sought at most 1/2 + _LONE
         behind = surface.winding(center[lone] - step[lone], within)
-        lone, behind = lone[behind < 0.8 + off], behind[behind < 0.8 + off]
+        lone, behind = lone[behind < 0.8], behind[behind < 0.8]
         before = surface.winding(center[lone] + step[lone], within)
         lone = lone[np.abs(behind + before) < 2 * (_LONE + off)]
     return vertices, faces[lone] if area[lone].sum() > 1e-3 * total else faces[:0]

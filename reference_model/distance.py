@@ -5,7 +5,7 @@ import numpy as np
 from reference_model.cli import optional_import
 from reference_model.triangles import longest_edges, split_longest
 
-_BLOCK = 1 << 16  # points that share a tree
+_BLOCK = 1 << 15  # points that share a tree
 _FEW = 1024  # faces not worth another tree
 _LONG = 1 / 16
 _ACCURACY = 1.2  # of igl's accuracy scale, whose default is 2: four times as fast
@@ -15,29 +15,30 @@ ROUGH = 0.2  # most that a rough winding number errs: 0.11 is the worst of 4 mil
 def distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound: float) -> np.ndarray:
     """Distance [n] float64 from points [n,3] to the faces; NaN beyond `bound`.
 
-    Points are halved into blocks, each with a tree of the faces that its box meets: a third faster than one tree of all.
+    Boxes of points are halved into blocks, each with a tree of the faces that may be near: a third faster than one tree of all.
     """
     result = np.full(len(points), np.nan)
     if len(faces) == 0 or len(points) == 0:
         return result
     igl = optional_import("igl")
-    corners = vertices[faces]
-    low, high = corners.min(1) - bound, corners.max(1) + bound
-    todo = [(np.arange(len(points)), np.arange(len(faces)))]
+    a, b, c = (np.ascontiguousarray(vertices.T)[:, faces[:, i]] for i in range(3))
+    low, high = np.minimum(np.minimum(a, b), c) - bound, np.maximum(np.maximum(a, b), c) + bound
+    start, end = points.min(0), points.max(0)
+    todo = [(np.arange(len(points)), np.flatnonzero(((low <= end[:, None]) & (high >= start[:, None])).all(0)), start, end)]
     while todo:
-        row, face = todo.pop()
-        block = points[row]
-        start, end = block.min(0), block.max(0)
-        face = face[((low[face] <= end) & (high[face] >= start)).all(1)]
-        if len(face) == 0:
+        row, face, start, end = todo.pop()
+        axis = int(np.argmax(end - start))
+        if len(face) == 0 or len(row) == 0:
             continue
-        if len(row) > _BLOCK and len(face) > _FEW:
-            half = np.argpartition(block[:, np.argmax(end - start)], len(row) // 2)
-            todo += [(row[part], face) for part in np.split(half, [len(row) // 2])]
+        if len(row) > _BLOCK and len(face) > _FEW and end[axis] - start[axis] > bound:
+            middle = (start[axis] + end[axis]) / 2
+            left, cut = points[row, axis] < middle, np.where(np.arange(3) == axis, middle, start)
+            todo.append((row[~left], face[high[axis, face] >= middle], cut, end))
+            todo.append((row[left], face[low[axis, face] <= middle], start, np.where(np.arange(3) == axis, middle, end)))
             continue
         used, local = np.unique(faces[face], return_inverse=True)
-        local = np.ascontiguousarray(local.reshape(-1, 3), np.int64)
-        result[row] = igl.signed_distance(block, vertices[used], local, igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0, bound)[0]
+        local = local.reshape(-1, 3).astype(np.int64)
+        result[row] = igl.signed_distance(points[row], vertices[used], local, igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0, bound)[0]
     return result
 
 

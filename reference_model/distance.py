@@ -6,14 +6,14 @@ from reference_model.cli import optional_import
 from reference_model.triangles import longest_edges, split_longest
 
 _BLOCK = 1 << 15  # points that share a tree
-_FEW = 1024  # faces not worth another tree
+_FEW = 128  # faces not worth another tree
 _LONG = 1 / 16
 _ACCURACY = 1.2  # of igl's accuracy scale, whose default is 2: four times as fast
 ROUGH = 0.2  # most that a rough winding number errs: 0.11 is the worst of 4 million points around two assemblies of 100 parts
 
 
 def distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound: float) -> np.ndarray:
-    """Distance [n] float64 from points [n,3] to the faces; NaN beyond `bound`.
+    """Distance [n] float64 from points [n,3] to the faces, which may be flat; NaN beyond `bound`.
 
     Boxes of points are halved into blocks, each with a tree of the faces that may be near: a third faster than one tree of all.
     """

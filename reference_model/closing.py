@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reference_model.cli import optional_import
+from reference_model.distance import ROUGH
 from reference_model.meshes import MeshError
 from reference_model.triangles import areas, longest_edges, normals, split_longest
 
@@ -39,7 +40,8 @@ def cap_holes(surface: "Surface", border: np.ndarray) -> tuple[np.ndarray, np.nd
         to_rim = np.sqrt(rim.squared_distance(surface.hull_vertices, border, centers)[0])
         empty = np.isnan(surface.unsigned(centers, radius))
         part = np.zeros(len(cells), np.bool_)  # the level 1/2 may pass: at r from a rim the winding number changes by 1 / (2 pi r)
-        part[empty] = np.abs(surface.winding(centers[empty]) - 0.5) < 0.4 * radius / to_rim[empty]
+        reach = 0.4 * radius / to_rim[empty]
+        part[empty] = np.abs(surface.winding(centers[empty], reach) - 0.5) < reach
         if level == _FINE:
             cells = cells[part | (to_rim <= 2 * radius)]
             break
@@ -47,14 +49,19 @@ def cap_holes(surface: "Surface", border: np.ndarray) -> tuple[np.ndarray, np.nd
         level *= 2
         if len(cells) > _MOST_CELLS:
             raise MeshError("its holes are too many or too large to close")
-    if len(cells) == 0:
-        return np.zeros((0, 3)), np.zeros((0, 3), np.int64)
     corner = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1]])
     grid = (cells[:, None] + corner).reshape(-1, 3)
     key, index = np.unique((grid[:, 0] * (_FINE + 1) + grid[:, 1]) * (_FINE + 1) + grid[:, 2], return_inverse=True)
     points = np.stack((key // (_FINE + 1) ** 2, key // (_FINE + 1) % (_FINE + 1), key % (_FINE + 1)), 1) * (2.0 / _FINE) - 1
-    value = 0.5 - surface.winding(points)
-    vertices, faces, _ = igl.marching_cubes(value, points, index.reshape(-1, 8).astype(np.int64), 0.0)
+    cubes = index.reshape(-1, 8).astype(np.int64)
+    value = 0.5 - surface.winding(points, 0.0)
+    inside = value[cubes] < 0
+    cubes = cubes[inside.any(1) & ~inside.all(1)]
+    if len(cubes) == 0:
+        return np.zeros((0, 3)), np.zeros((0, 3), np.int64)
+    crossed = np.unique(cubes)  # only here does the value say where, and not just on which side
+    value[crossed] = 0.5 - surface.winding(points[crossed])
+    vertices, faces, _ = igl.marching_cubes(value, points, cubes, 0.0)
     return vertices, faces
 
 
@@ -70,7 +77,10 @@ def lone_faces(surface: "Surface") -> tuple[np.ndarray, np.ndarray]:
     wide = area > _FLAP * longest_edges(vertices, faces)  # twice as high as a flap is thick: no sliver along an edge of the solid
     faces, area = faces[wide], area[wide]
     center, step = vertices[faces].mean(1), _FLAP * normals(vertices, faces)
-    behind = surface.winding(center - step)
-    asked = np.flatnonzero(behind < 0.8)  # most faces have 1 behind them
-    lone = asked[np.abs(behind[asked] + surface.winding(center[asked] + step[asked])) < 2 * _LONE]
+    lone = np.arange(len(faces))
+    for within, off in ((0.0, ROUGH), (np.inf, 0.0)):  # first roughly: most faces have 1 behind them, those sought at most 1/2 + _LONE
+        behind = surface.winding(center[lone] - step[lone], within)
+        lone, behind = lone[behind < 0.8], behind[behind < 0.8]
+        before = surface.winding(center[lone] + step[lone], within)
+        lone = lone[np.abs(behind + before) < 2 * (_LONE + off)]
     return vertices, faces[lone] if area[lone].sum() > 1e-3 * total else faces[:0]

@@ -13,12 +13,12 @@ A closed mesh whose faces all bound passes unchanged and gets the exact sign by 
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from reference_model.cli import optional_import
 from reference_model.closing import cap_holes, lone_faces
+from reference_model.distance import WindingNumber, distance
 from reference_model.meshes import MeshError
 from reference_model.triangles import areas, longest_edges, normals, ray_scene, split_longest, unbalanced_edges
 
@@ -29,7 +29,6 @@ _RAYS = 32
 _SAMPLES = 20_000
 _SPLIT = 1 / 64  # faces that bound only in part are split to this length
 _TRIED = 4096
-_LONG = 1 / 16
 _MOST_CAPS = 0.25  # area of caps to that of faces
 _MOST_SPLIT = 40_000  # faces split at once: more are kept whole, which adds band voxels inside the solid but no boundary
 _CENTER = [(1 / 3, 1 / 3, 1 / 3)]
@@ -52,29 +51,22 @@ class Surface:
     report: dict[str, str] = field(default_factory=dict)
 
     @cached_property
-    def _winding(self) -> Any:
-        vertices, faces, done = self.hull_vertices, self.hull, []
-        while len(faces):  # a tree of short faces answers twice as fast where some are long
-            long = longest_edges(vertices, faces) > _LONG
-            done.append(faces[~long])
-            vertices, faces = split_longest(vertices, faces[long])
-        bvh = optional_import("igl").FastWindingNumberBVH()
-        bvh.init(vertices, np.concatenate(done))
-        return bvh
+    def _winding(self) -> WindingNumber:
+        return WindingNumber(self.hull_vertices, self.hull)
 
     def unsigned(self, points: np.ndarray, bound: float) -> np.ndarray:
         """Distance [n] float64 from points [n,3] to `faces`; NaN beyond `bound`."""
-        return _distance(points, self.vertices, self.faces, bound)
+        return distance(points, self.vertices, self.faces, bound)
 
     def near_seams(self, points: np.ndarray, bound: float) -> np.ndarray:
         """[n] bool: both a cap and another face of the boundary lie within `bound` of these points."""
-        near = ~np.isnan(_distance(points, self.vertices, self.caps, bound))
-        near[near] = ~np.isnan(_distance(points[near], self.vertices, self.faces[: len(self.faces) - len(self.caps)], bound))
+        near = ~np.isnan(distance(points, self.vertices, self.caps, bound))
+        near[near] = ~np.isnan(distance(points[near], self.vertices, self.faces[: len(self.faces) - len(self.caps)], bound))
         return near
 
     def to_within(self, points: np.ndarray, bound: float) -> np.ndarray:
         """Distance [n] float64 from points [n,3] to `within`; NaN beyond `bound`."""
-        return _distance(points, self.vertices, self.within, bound)
+        return distance(points, self.vertices, self.within, bound)
 
     def near(self, points: np.ndarray, bound: float) -> np.ndarray:
         """[n] bool: a face or a sheet's surface may lie within `bound` of these points."""
@@ -88,13 +80,13 @@ class Surface:
         igl = optional_import("igl")
         return igl.signed_distance(points, self.vertices, self.faces, igl.SIGNED_DISTANCE_TYPE_PSEUDONORMAL, -bound, bound)[0]
 
-    def winding(self, points: np.ndarray) -> np.ndarray:
-        """Winding number [n] float64 of the hull at points [n,3]."""
-        return self._winding.winding_number(np.ascontiguousarray(points)) if len(self.hull) else np.zeros(len(points))
+    def winding(self, points: np.ndarray, within: float | np.ndarray = np.inf) -> np.ndarray:
+        """Winding number [n] float64 of the hull at points [n,3]; rough, and fast, where it is farther than `within` from 1/2 and -1/2."""
+        return self._winding(points, within) if len(self.hull) else np.zeros(len(points))
 
     def sheet_distance(self, points: np.ndarray, bound: float) -> np.ndarray:
         """Signed distance [n] float64 of the thickened sheets; NaN beyond `bound`."""
-        return _distance(points, self.hull_vertices, self.sheets, bound + self.thickness / 2) - self.thickness / 2
+        return distance(points, self.hull_vertices, self.sheets, bound + self.thickness / 2) - self.thickness / 2
 
 
 def resolve_surface(vertices: np.ndarray, faces: np.ndarray, thickness: float) -> Surface:
@@ -155,13 +147,6 @@ def resolve_surface(vertices: np.ndarray, faces: np.ndarray, thickness: float) -
         raise MeshError("the faces bound no solid")
     report["caps"] = str(len(caps))
     return Surface(bound_vertices, bound_faces, within, hull_vertices, hull, sheets, thickness, False, caps, report)
-
-
-def _distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound: float) -> np.ndarray:
-    if len(faces) == 0:
-        return np.full(len(points), np.nan)
-    igl = optional_import("igl")
-    return igl.signed_distance(points, vertices, faces, igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0, bound)[0]
 
 
 def _as_filed(turned: np.ndarray, faces: np.ndarray, patch: np.ndarray, area: np.ndarray) -> np.ndarray:
@@ -264,7 +249,7 @@ def _bounding_faces(surface: Surface, closed: bool) -> tuple[np.ndarray, np.ndar
 def _winding_before(surface: Surface, vertices: np.ndarray, faces: np.ndarray, weights: list[tuple[float, float, float]]) -> np.ndarray:
     """[F,W] winding number just before the points of each face with these barycentric weights; just behind it is one more."""
     points = np.einsum("wk,fkd->fwd", np.array(weights), vertices[faces]) + _EPS * normals(vertices, faces)[:, None]
-    return surface.winding(points.reshape(-1, 3)).reshape(len(faces), -1)
+    return surface.winding(points.reshape(-1, 3), 0.0).reshape(len(faces), -1)
 
 
 def wall_thickness(surface: Surface, samples: int = 4096) -> np.ndarray:

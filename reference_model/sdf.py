@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from reference_model.cli import optional_import
 from reference_model.closing import SEAM
+from reference_model.distance import distance
 from reference_model.repair import Surface, resolve_surface
 from reference_model.specks import find_specks
 from reference_model.volume import BAND, CELL, TAU, Volume
@@ -233,7 +233,7 @@ def _spread_signs(sign: np.ndarray, joined: list[np.ndarray]) -> np.ndarray:
 def _ask_signs(surface: Surface, cells: np.ndarray, tile: np.ndarray, joined: list[np.ndarray], resolution: int) -> np.ndarray:
     """Signs [n,8,8,8] int8 by the winding number of one voxel, the farthest from the boundary, for all that are joined with it."""
     sign = np.zeros(tile.shape, np.int8)
-    flat, distance = sign.reshape(len(cells), -1), np.nan_to_num(tile, nan=np.inf).reshape(len(cells), -1)
+    flat, depth = sign.reshape(len(cells), -1), np.nan_to_num(tile, nan=np.inf).reshape(len(cells), -1)
     child = np.stack(np.unravel_index(np.arange(CELL**3), (CELL,) * 3), 1)
     if len(surface.caps):  # joined voxels may lie on both sides of the gap at a seam: there every voxel is asked
         fine, row, h = cells, np.arange(len(cells)), 2 / resolution
@@ -242,15 +242,15 @@ def _ask_signs(surface: Surface, cells: np.ndarray, tile: np.ndarray, joined: li
             fine, row = fine[keep], row[keep]
             if edge > 1:
                 fine, row = _children(fine), np.repeat(row, 8)
-        flat[row, _child_index(fine)] = np.where(surface.winding(_centers(fine, resolution)) > 0.5, -1, 1)
+        flat[row, _child_index(fine)] = np.where(surface.winding(_centers(fine, resolution), 0.0) > 0.5, -1, 1)
     for turn in range(5):
         open_tiles = np.flatnonzero((flat == 0).any(1))
         if len(open_tiles) == 0:
             break
-        rows, places = open_tiles, np.argmax(np.where(flat[open_tiles] == 0, distance[open_tiles], -1), 1)
+        rows, places = open_tiles, np.argmax(np.where(flat[open_tiles] == 0, depth[open_tiles], -1), 1)
         if turn == 4:
             rows, places = np.nonzero(flat == 0)
-        inside = surface.winding(_centers(cells[rows] * CELL + child[places], resolution)) > 0.5
+        inside = surface.winding(_centers(cells[rows] * CELL + child[places], resolution), 0.0) > 0.5
         flat[rows, places] = np.where(inside, -1, 1)
         _spread_signs(sign, joined)
     return sign
@@ -263,14 +263,11 @@ def _near_edges(
     near = np.zeros(len(coords), np.bool_)
     if len(edges) == 0 or len(coords) == 0:
         return near
-    igl = optional_import("igl")
-    tree = igl.AABB()
-    tree.init(vertices, edges)
     h = 2 / resolution
-    reach = h + _HALF_DIAGONAL * CELL * h
-    cell_near = tree.squared_distance(vertices, edges, _centers(latents, resolution // CELL))[0] <= reach**2
+    flat = edges[:, [0, 1, 1]]
+    cell_near = ~np.isnan(distance(_centers(latents, resolution // CELL), vertices, flat, h + _HALF_DIAGONAL * CELL * h))
     rows = np.flatnonzero(cell_near[index])
     for start in range(0, len(rows), _CHUNK * CELL**3):
         part = rows[start : start + _CHUNK * CELL**3]
-        near[part] = tree.squared_distance(vertices, edges, _centers(coords[part], resolution))[0] <= h**2
+        near[part] = ~np.isnan(distance(_centers(coords[part], resolution), vertices, flat, h))
     return near

@@ -9,11 +9,12 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+import trimesh
 from matplotlib.colors import to_rgb
 
 import ssa
 from benchmarks.voxels import surface_voxels
-from examples import demo, picture
+from examples import demo, picture, round_trip
 
 matplotlib.use("Agg")
 
@@ -85,3 +86,25 @@ def test_voxelise_refuses_a_mesh_too_small_for_the_grid(monkeypatch):
     monkeypatch.setattr(demo, "FINEST", 40)
     with pytest.raises(ValueError, match="must pass through 10000000 cells"):
         demo.voxelise(demo.trefoil())
+
+
+def test_round_trip_scores_and_draws_what_the_network_gives(monkeypatch, tmp_path, capsys):
+    """With a network that answers a sphere of the right size, one tenth off."""
+    mesh = trimesh.creation.icosphere(3)
+    mesh.export(tmp_path / "ball.ply")
+    answer = trimesh.creation.icosphere(3, radius=0.855)
+    monkeypatch.setattr(round_trip, "load_network", lambda name, device: object())
+    monkeypatch.setattr(
+        round_trip, "run_network", lambda *_: (answer.vertices, answer.faces, {"latents": 1, "seconds_network": 0.0})
+    )
+    row = round_trip.round_trip(tmp_path / "ball.ply", tmp_path / "ball.png")
+    assert row["scores"]["result"]["f1@0.005"] == 0 and row["scores"]["ceiling"]["f1@0.005"] == 100
+    assert row["scores"]["result"]["area_ratio"] == pytest.approx(0.81, abs=0.01)
+    assert (tmp_path / "ball.png").stat().st_size > 10_000 and len(list(tmp_path.iterdir())) == 2
+    round_trip.report(row, tmp_path / "ball.png")
+    assert "→ 1 latents of 16 numbers" in capsys.readouterr().out
+
+
+def test_round_trip_without_weights_says_so(tmp_path):
+    with pytest.raises(ValueError, match="no weights at"):
+        round_trip.round_trip(tmp_path / "ball.ply", tmp_path / "ball.png", weights=str(tmp_path / "none.safetensors"))

@@ -164,24 +164,35 @@ class Lift(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.linear = nn.Linear(1, channels)
+        self.linear, self.rows = nn.Linear(1, channels), LiftRows()
 
     def forward(self, plan: EncoderPlan, block: DownBlock | SubpixelDownBlock) -> tuple[Tensor, Tensor]:
         """What `block.convolve` takes, a row for each cell of 2^3 voxels."""
         weight, bias = self.linear.weight[:, 0].float(), self.linear.bias.float()
         mean, variance = plan.moments[:, :, None].unbind(1)
         scales, shifts = block.norm1.affine(weight * mean + bias, weight.square() * variance)
+
+        def reduce(t: Tensor, mask: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+            active, raw = self.rows(t, mask, weight, bias, scale, shift)
+            return block.reduce(active, raw, mask)
+
         pieces = []
         for t, mask, scale, shift in zip(plan.values.split(plan.cells), plan.active.split(plan.cells), scales, shifts, strict=True):
             for rows, rows_mask in zip(t.split(_ROWS), mask.split(_ROWS), strict=True):
-                pieces.append(checkpoint(_lift, block.reduce, rows, rows_mask, weight, bias, scale, shift, use_reentrant=False))
+                pieces.append(checkpoint(reduce, rows, rows_mask, scale, shift, use_reentrant=False))
         h, skip = zip(*pieces, strict=True)
         return torch.cat(h), torch.cat(skip)
 
 
-def _lift(reduce, t: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    raw = t[..., None] * weight + bias
-    return reduce(F.silu(raw * scale + shift) * mask[..., None], raw * mask[..., None], mask)
+class LiftRows(nn.Module):
+    """C channels of each child of some cells, after norm and SiLU, and before. Worth compiling on a GPU: it is all bytes."""
+
+    def forward(self, t: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """t, mask [r,8], the others [C] float32 → two [r,8,C], 0 where not mask, in autocast's dtype."""
+        device = t.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
+        raw = t[..., None] * weight + bias
+        return (F.silu(raw * scale + shift) * mask[..., None]).to(dtype), (raw * mask[..., None]).to(dtype)
 
 
 class UpBlock(nn.Module):

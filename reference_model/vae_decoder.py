@@ -70,7 +70,7 @@ class Decoder(nn.Module):
         values = self.head(x).float()[:, 0].tanh()
         if level.places is not None:
             values = torch.full((len(latents) * 512,), torch.nan, device=x.device).index_put((level.places,), values)
-        return values.view(len(latents), 512)[:, slots_of_children(x.device)], logits
+        return values.view(len(latents), 512).index_select(1, slots_of_children(x.device)), logits
 
     def _run(self, function, *args):
         if self.checkpointing and torch.is_grad_enabled():

@@ -54,8 +54,8 @@ class Level:
         """[n,27] int32: row of the cell at + (dx, dy, dz), column (dx+1) + 3(dy+1) + 9(dz+1); -1 = none."""
         which, slot = _beside(self.edge, self.latents.device)
         if self.places is None:
-            around = self.latent_neighbors[:, which]  # [L,edge^3,27]
-            return torch.where(around >= 0, around * self.edge**3 + slot, -1).view(-1, 27)
+            first = torch.where(self.latent_neighbors >= 0, self.latent_neighbors * self.edge**3, -(1 << 30))
+            return first[:, which].add_(slot).clamp_(min=-1).view(-1, 27)  # in place: [L,edge^3,27] is gigabytes
         latent, own = self.places // self.edge**3, self.places % self.edge**3
         return self._row_at(self.latent_neighbors[latent[:, None], which[own]], slot[own])
 

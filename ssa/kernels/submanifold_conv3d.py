@@ -20,26 +20,20 @@ from .common import precision
 
 
 def _config(channels_in: int, channels_out: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes; the reduction runs over `in` by BLOCK_I. H200, 2026-11-26, bf16: 131,072 rows 0.10 ms at 64 → 64, 0.31 at 128 → 128;
-    5.4 M rows 1.63 ms at 32 → 32, where the gathered rows at L2's rate take 1.80.
-    """
+    """Tile sizes; the reduction runs over `in` by BLOCK_I. H200, 2026-11-22, 131,072 rows, bf16: 0.10 ms at 64 → 64, 0.31 at 128 → 128."""
     block_i = min(max(triton.next_power_of_2(channels_in), 16), 64)
     if dtype == torch.float32:
         block_o = min(max(triton.next_power_of_2(channels_out), 16), 64)
         return dict(BLOCK_M=64, BLOCK_I=block_i, BLOCK_O=block_o, num_warps=4, num_stages=3)
     block_o = min(max(triton.next_power_of_2(channels_out), 16), 128)
-    if max(block_i, block_o) <= 32:
-        return dict(BLOCK_M=256, BLOCK_I=block_i, BLOCK_O=block_o, num_warps=4, num_stages=2)
     narrow = block_o <= 64
     return dict(BLOCK_M=128 if narrow else 64, BLOCK_I=block_i, BLOCK_O=block_o, num_warps=4, num_stages=5 if narrow else 3)
 
 
 def _config_weight(channels_in: int, channels_out: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes of dW; the reduction runs over rows by BLOCK_T. As above: 0.12 ms at 64 → 64, 0.32 at 128 → 128; 2.9 at 32 → 32."""
+    """Tile sizes of dW; the reduction runs over rows by BLOCK_T. As above: 0.12 ms at 64 → 64, 0.32 at 128 → 128."""
     block_i = min(max(triton.next_power_of_2(channels_in), 16), 64)
     block_o = min(max(triton.next_power_of_2(channels_out), 16), 64 if dtype == torch.float32 else 128)
-    if max(block_i, block_o) <= 32 and dtype != torch.float32:
-        return dict(BLOCK_T=64, BLOCK_I=block_i, BLOCK_O=block_o, num_warps=4, num_stages=2)
     return dict(BLOCK_T=32 if block_o <= 64 else 64, BLOCK_I=block_i, BLOCK_O=block_o, num_warps=4, num_stages=3)
 
 

@@ -14,7 +14,9 @@ from matplotlib.colors import to_rgb
 
 import ssa
 from benchmarks.voxels import surface_voxels
-from examples import demo, picture, round_trip
+from examples import ablate_vae, demo, picture, round_trip
+from reference_model.cli import parse
+from reference_model.vae import VAEConfig
 
 matplotlib.use("Agg")
 
@@ -108,3 +110,14 @@ def test_round_trip_scores_and_draws_what_the_network_gives(monkeypatch, tmp_pat
 def test_round_trip_without_weights_says_so(tmp_path):
     with pytest.raises(ValueError, match="no weights at"):
         round_trip.round_trip(tmp_path / "ball.ply", tmp_path / "ball.png", weights=str(tmp_path / "none.safetensors"))
+
+
+def test_every_variant_of_the_ablation_is_a_model_and_has_a_row():
+    for training, scoring in ablate_vae.VARIANTS.values():
+        config, _ = parse("train_vae", ("out",), [*ablate_vae.BASE, *training])
+        assert VAEConfig(**config.vae).occupancy == bool(scoring), "pruning needs the head"
+        parse("evaluate_vae", ("out",), scoring)
+    gaps = {name: 1.5 for name in ("f1@0.005", "f1@0.001", "normal_consistency", "area")} | {"components": 2, "meshes": 4}
+    row = {"name": "a variant", "loss": {"step": 7, "in": 0.1, "ext": 0.2, "sharp": 0.3}, "gaps": gaps}
+    last = ablate_vae.table([row], 0.5).splitlines()[-1]
+    assert last == "| a variant | 7 | 0.1000 | 0.2000 | 0.3000 | 1.50 | 1.50 | 1.50 | 1.50 | 2 of 4 |"

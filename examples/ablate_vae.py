@@ -1,0 +1,92 @@
+"""What limits the VAE: the compact model trained for as many minutes in each variant, scored on the held-out meshes at 256.
+
+`python -m examples.ablate_vae --meshes DIR --prepared DIR --out DIR [--minutes 1] [--jobs 1]` → OUT/ablation.md; PREPARED as
+`examples/train_vae.sh` leaves it. A variant that is scored already is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from reference_model.cli import parse
+
+# name → settings of train_vae, settings of evaluate_vae
+VARIANTS: dict[str, tuple[list[str], list[str]]] = {
+    "as trained by examples/train_vae.sh": ([], []),
+    "pooling by the mean (paper)": (["vae.pooling=mean"], []),
+    "symmetric decoder (paper)": (["vae.decoder=symmetric"], []),
+    "released decoder": (["vae.decoder=released"], []),
+    "outside of the band taught +1 (released)": (["+vae.ext_target=released"], []),
+    "no sharp loss": (["vae.lambda_sharp=0"], []),
+    "occupancy head, pruned at 1/2": (["vae.occupancy=true"], ["prune=0.5"]),
+    "trained at 256 and 512": (["resolutions=[256,512]"], []),
+}
+BASE = [
+    "train=gpu-multi", "vae=compact", "data=prepared", "resolutions=[256]", "tokens=8000", "trainer.lr=3e-3", "trainer.warmup=50",
+    "picture=false",
+]  # fmt: skip
+
+
+def command(module: str, *arguments: str) -> None:
+    """Run a module of the reference model; CalledProcessError with the end of what it said."""
+    done = subprocess.run([sys.executable, "-m", f"reference_model.{module}", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)}: {done.stderr[-2000:]}")
+
+
+def run_variant(options: argparse.Namespace, names: str, variant: tuple[str, tuple[list[str], list[str]]]) -> dict[str, Any]:
+    """Train and score one variant: its last validation and its gaps to the ceiling."""
+    name, (training, scoring) = variant
+    out = options.out / name.split(" (")[0].replace(" ", "_").replace("/", "_").replace(",", "")
+    schedule = [f"trainer.minutes={options.minutes}", f"trainer.schedule_minutes={options.minutes}", "trainer.validate_every=100000"]
+    if not (out / "scores" / "scores.json").exists():
+        command("train_vae", *BASE, *schedule, *training, f"prepared={options.prepared}", f"out={out}", f"workers={options.workers}")
+        paths = [f"meshes={options.meshes}", f"weights={out / 'weights.safetensors'}", f"out={out / 'scores'}"]
+        more = ["resolution=[256]", f"names=[{names}]", f"workers={options.workers}", "pictures=false"]
+        command("evaluate_vae", *paths, *more, *scoring)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    gaps = json.loads((out / "scores" / "scores.json").read_text())["gaps"][0]
+    return {"name": name, "loss": [row for row in rows if row["kind"] == "validation"][-1], "gaps": gaps}
+
+
+def table(rows: Sequence[dict[str, Any]], minutes: float) -> str:
+    text = [f"# What limits the VAE: {minutes:g} minutes of the compact model at 256", ""]
+    text += [f"`python -m examples.ablate_vae {shlex.join(sys.argv[1:])}`", ""]
+    text += ["Losses on the held-out meshes (each at its own weights), then the gap to the ceiling, mean over the closed ones.", ""]
+    text += ["| variant | steps | in | ext | sharp | F1@.005 | F1@.001 | normals | area off % | pieces equal |", "|---|" + "---:|" * 9]
+    for row in rows:
+        loss, gaps = row["loss"], row["gaps"]
+        cells = [row["name"], str(loss["step"]), *(f"{loss[name]:.4f}" for name in ("in", "ext", "sharp"))]
+        cells += [f"{gaps[name]:.2f}" for name in ("f1@0.005", "f1@0.001", "normal_consistency", "area")]
+        text.append("| " + " | ".join([*cells, f"{gaps['components']} of {gaps['meshes']}"]) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--meshes", type=Path, required=True)
+    parser.add_argument("--prepared", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--jobs", type=int, default=1, help="variants trained at once, on one device")
+    parser.add_argument("--workers", type=int, default=4, help="processes of each that make batches")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    options = parser.parse_args()
+    held_out = ",".join(parse("train_vae", ("out",), [])[0].held_out)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(partial(run_variant, options, held_out), [(name, VARIANTS[name]) for name in options.only]))
+    (options.out / "ablation.md").write_text(table(rows, options.minutes), encoding="utf-8")
+    print(table(rows, options.minutes))
+
+
+if __name__ == "__main__":
+    main()

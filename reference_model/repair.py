@@ -28,6 +28,7 @@ _EPS = 2e-5  # distance of a test point from its face
 _RAYS = 32
 _SAMPLES = 20_000
 _SPLIT = 1 / 64  # faces that bound only in part are split to this length
+_ASKED = 4 * _SPLIT  # longer faces are split before their corners and centre may speak for the rest
 _TRIED = 4096
 _MOST_CAPS = 0.25  # area of caps to that of faces
 _MOST_SPLIT = 40_000  # faces split at once: more are kept whole, which adds band voxels inside the solid but no boundary
@@ -233,13 +234,14 @@ def _bounding_faces(surface: Surface, closed: bool) -> tuple[np.ndarray, np.ndar
     mixed = np.zeros(len(vertices), np.int8)
     for bit in (1, 2):
         mixed[faces[kind == bit]] |= bit
-    unsure = (mixed[faces] == 3).any(1) | (longest_edges(vertices, faces) > 8 * _SPLIT)
+    unsure = (mixed[faces] == 3).any(1) | (longest_edges(vertices, faces) > _ASKED)
     bound, within = [faces[~unsure & (kind == 1)]], [faces[~unsure & (before >= 0.5)]]
     faces = faces[unsure]
     while len(faces):
         before = _winding_before(surface, vertices, faces, _CENTER + _CORNERS)
         behind = np.abs(before) < 0.5
-        split = behind.any(1) & ~behind.all(1) & (longest_edges(vertices, faces) > _SPLIT) & (len(faces) < _MOST_SPLIT)
+        length = longest_edges(vertices, faces)
+        split = ((behind.any(1) & ~behind.all(1) & (length > _SPLIT)) | (length > _ASKED)) & (len(faces) < _MOST_SPLIT)
         bound.append(faces[~split & behind.any(1)])
         within.append(faces[~behind.any(1) & (before >= 0.5).any(1)])
         vertices, faces = split_longest(vertices, faces[split])

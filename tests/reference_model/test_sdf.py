@@ -229,3 +229,16 @@ def test_what_bounds_nothing_is_refused() -> None:
         mesh_to_volume(np.array([[0, 0, 0], [0.5, 0, 0], [0.9, 0, 0.0]]), np.array([[0, 1, 2]]), 64)
     with pytest.raises(ValueError, match=r"\[-1,1\]"):
         mesh_to_volume(box()[0] * 3, box()[1], 64)
+
+
+def test_a_long_face_bounds_where_it_leaves_other_solids() -> None:
+    """A rod through four blocks that hold the centre and the corners of each of its faces, and not what lies between."""
+    rod = box((0.1, 0.1, 1.9))
+    blocks = [box((0.5, 0.5, 0.25), SHIFT + [0, 0, z]) for z in (-0.825, -0.325, 0.325, 0.825)]
+    volume = mesh_to_volume(*joined(rod, *blocks), 384)
+    places = voxel_centers(volume.coords, 384).double().numpy()
+    between = np.abs(np.abs(places[:, 2]) - 0.575) < 0.1
+    assert between.sum() > 1000
+    distance = box_distance(places[between], (0.1, 0.1, 1.9))
+    assert np.abs(volume.values.numpy()[between] * TAU - distance).max() < 1e-3 * TAU
+    assert extract_mesh(volume.coords, volume.values, 384, volume.inside)[2].open_vertices == 0

@@ -15,11 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launcher, cdiv, launcher, next_power_of_2
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.925963033500e-8)  # what fp32 leaves out of it
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_segments", "num_tiles", "steps"])
 def _tile_map_kernel(cu_ptr, starts_ptr, out_ptr, num_segments, num_tiles, steps, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr):
     chunk = tl.program_id(1)
@@ -54,7 +57,7 @@ def tile_map(cu: Tensor, total: int, block_q: int, chunks: int = 1, starts: Tens
     num_tiles = total // block_q + n if n else 0
     out = torch.empty(chunks, 3, num_tiles, dtype=torch.int32, device=cu.device)
     if num_tiles:
-        grid = (triton.cdiv(num_tiles, 256), chunks)
+        grid = (cdiv(num_tiles, 256), chunks)
         starts = cu if starts is None else starts
         _tile_map_kernel[grid](cu, starts, out, n, num_tiles, n.bit_length(), BLOCK_Q=block_q, BLOCK=256, num_warps=2)
     return out
@@ -101,9 +104,9 @@ def lse_dtype(x: Tensor) -> torch.dtype:
 
 
 def block_d(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def interpreted() -> bool:
     """Whether these kernels were defined under Triton's interpreter, which runs them on CPU tensors."""
-    return not isinstance(_tile_map_kernel, triton.JITFunction)
+    return not isinstance(_tile_map_kernel, Launcher)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .common import block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_map
 from .inner import dq_keys, forward_rows, packed_rows
+from .launch import cdiv, launcher
 from .varlen_attention import largest_norm, launch_dkv
 
 SCRATCH = 160 * 2**20
@@ -44,7 +45,7 @@ def chunk_queries(num_heads: int, head_dim: int, topk: int, itemsize: int) -> in
 def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse map: csr_offsets [Hkv · S + 1], csr_indices [T · Hkv · topk] and chunks, all int32, by one stable sort."""
     t, hkv, topk = topk_indices.shape
-    n, num_chunks, device = hkv * num_blocks, triton.cdiv(t, chunk), topk_indices.device
+    n, num_chunks, device = hkv * num_blocks, cdiv(t, chunk), topk_indices.device
     step = max(1, num_blocks)
     head = torch.arange(0, hkv * step, step, device=device, dtype=torch.int32)[:, None]
     bucket = torch.where(topk_indices >= 0, topk_indices + head, n)
@@ -62,6 +63,7 @@ def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, T
     return offsets, entries.int(), chunks
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, k_norm_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
@@ -93,6 +95,7 @@ def _partial_rows(entries_ptr, first, valid, entry0, G: tl.constexpr, BLOCK_M: t
     return (tl.load(entries_ptr + first + r // G, mask=valid, other=0) - entry0).to(tl.int64) * G + r % G
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_rows", "row0", "topk"])
 def _combine_kernel(
     part_ptr, part_lse_ptr, ids_ptr, o_ptr, lse_ptr, num_rows, row0, topk, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -121,6 +124,7 @@ def _combine_kernel(
     tl.store(lse_ptr + row0 + local, tl.where(empty, -float("inf"), m_i + tl.log(l_i)), mask=valid)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
@@ -142,6 +146,7 @@ def _dq_kernel(
         store_rows(part_ptr, out * D, dq, valid, D, BLOCK_D)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_rows", "row0", "topk"])
 def _sum_slots_kernel(
     part_ptr, ids_ptr, dq_ptr, num_rows, row0, topk, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -170,7 +175,7 @@ def selected_attention_forward(
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
     k_norm = largest_norm(k)
-    tiles = tile_map(chunks[0], min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, triton.cdiv(t, chunk), chunks[1])
+    tiles = tile_map(chunks[0], min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, cdiv(t, chunk), chunks[1])
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(min(chunk, t) * hq * topk, dtype=lse.dtype, device=q.device)
     for c, tiles_c in enumerate(tiles):
@@ -179,7 +184,7 @@ def selected_attention_forward(
             q, k, v, part, part_lse, k_norm, offsets, csr_indices, tiles_c, tiles.shape[2], scale, num_blocks,
             c * chunk * hkv * topk, BOUNDED=k_norm is not None, **sizes, **config,
         )  # fmt: skip
-        grid = (triton.cdiv(n * hq, 64),)
+        grid = (cdiv(n * hq, 64),)
         _combine_kernel[grid](
             part, part_lse, topk_indices, o, lse, n * hq, c * chunk * hq, topk, G=hq // hkv, D=d, BLOCK_D=block_d(d), BLOCK_M=64
         )
@@ -198,7 +203,7 @@ def selected_attention_backward(
         return dq, torch.empty_like(k), torch.empty_like(v)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
     config = configs[0] or _config("dq", d, q.dtype)
-    tiles = tile_map(chunks[0], min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, triton.cdiv(t, chunk), chunks[1])
+    tiles = tile_map(chunks[0], min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, cdiv(t, chunk), chunks[1])
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     for c, tiles_c in enumerate(tiles):
         n = min(chunk, t - c * chunk)
@@ -206,7 +211,7 @@ def selected_attention_backward(
             q, k, v, do, lse, delta, part, offsets, csr_indices, tiles_c, tiles.shape[2], scale, num_blocks, c * chunk * hkv * topk,
             **sizes, **config,
         )  # fmt: skip
-        grid = (triton.cdiv(n * hq, 64),)
+        grid = (cdiv(n * hq, 64),)
         _sum_slots_kernel[grid](
             part, topk_indices, dq, n * hq, c * chunk * hq, topk, G=hq // hkv, D=d, BLOCK_D=block_d(d), BLOCK_M=64,
             ACCUMULATE=out[0] is not None,

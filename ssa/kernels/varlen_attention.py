@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .common import block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_map
 from .inner import dkv_rows, dq_keys, forward_rows, packed_rows, wide
+from .launch import cdiv, launcher
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[str, int]:
@@ -41,6 +42,7 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[
     return dict(BLOCK_M=32, BLOCK_N=128, num_warps=4, num_stages=3)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tiles"])
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_k_ptr, index_ptr, k_norm_ptr, tiles_ptr, num_tiles, scale, HQ: tl.constexpr,
@@ -63,6 +65,7 @@ def _fwd_kernel(
         tl.store(lse_ptr + head, lse, mask=valid)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tiles"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_k_ptr, index_ptr, tiles_ptr, num_tiles, scale, HQ: tl.constexpr,
@@ -84,6 +87,7 @@ def _dq_kernel(
         store_rows(dq_ptr, head * D, dq, valid, D, BLOCK_D, ACCUMULATE)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_keys", "num_tiles", "cu_stride"])
 def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_stride, index_q_ptr, index_k_ptr, tiles_ptr, num_tiles,
@@ -116,6 +120,7 @@ def _dkv_kernel(
         store_rows(dv_ptr, out, dv, valid, D, BLOCK_D, ACCUMULATE)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_rows"])
 def _delta_kernel(o_ptr, do_ptr, dlse_ptr, delta_ptr, num_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -131,7 +136,7 @@ def attention_delta(o: Tensor, do: Tensor, dlse: Tensor) -> Tensor:
     delta = torch.empty(o.shape[:2], dtype=lse_dtype(o), device=o.device)
     if delta.numel():
         d = o.shape[2]
-        grid = (triton.cdiv(delta.numel(), 64),)
+        grid = (cdiv(delta.numel(), 64),)
         _delta_kernel[grid](o, do, dlse, delta, delta.numel(), D=d, BLOCK_D=block_d(d), BLOCK_M=64)
     return delta
 

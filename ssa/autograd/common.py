@@ -45,8 +45,15 @@ class Operator:
                 setup_context(ctx, args, output)
             return output
 
-        function = type(self.name, (torch.autograd.Function,), dict(forward=staticmethod(forward), backward=staticmethod(backward)))
-        _LIBRARY.impl(self.name, lambda *args: function.apply(*args), "Autograd")
+        function: Any = type(self.name, (torch.autograd.Function,), dict(forward=staticmethod(forward), backward=staticmethod(backward)))
+
+        def autograd(*args):
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                return function.apply(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+
+        _LIBRARY.impl(self.name, autograd, "Autograd")
 
 
 def operator(name: str) -> Callable[[Callable], Operator]:

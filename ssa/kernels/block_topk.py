@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_d, load_rows, load_tile, precision, tile_map
+from .common import block_d, load_rows, load_tile, precision, tile_maps
 from .inner import exp_shared, exponent_unit
 from .launch import cdiv, launcher
 
@@ -214,11 +214,20 @@ def _topk_kernel(
         _write_ids(list_ptr, listed_ptr, length, stride, ids_ptr, rows, block0, topk, lo, HKV, ROWS, True)
 
 
+def topk_map(q: Tensor, k_cmp: Tensor, cu_seqlens: Tensor, config: dict | None = None) -> tuple[Tensor, int, int]:
+    """What `tile_maps` takes for the scores."""
+    t, hq, d = q.shape
+    return cu_seqlens, t, (config or _config(d, q.dtype, hq // k_cmp.shape[1]))["BLOCK_M"]
+
+
 def block_topk(
     q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_blocks: Tensor, child_offsets: Tensor, fill_order: Tensor, topk: int,
-    scale: float, config: dict | None = None,
+    scale: float, config: dict | None = None, tiles: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Contiguous q, k_cmp, lse; cu_blocks [B+1], child_offsets [S+1], fill_order [S] of the partition's selection blocks."""
+    """Contiguous q, k_cmp, lse; cu_blocks [B+1], child_offsets [S+1], fill_order [S] of the partition's selection blocks.
+
+    tiles: of `topk_map`, made here if not given.
+    """
     (t, hq, d), hkv, num_blocks = q.shape, k_cmp.shape[1], fill_order.shape[0]
     device = q.device
     ids = torch.empty(t, hkv, topk, dtype=torch.int32, device=device)
@@ -228,7 +237,8 @@ def block_topk(
     launch = {key: config.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in config}
     block_m = config["BLOCK_M"]
     assert block_m % ROWS == 0, block_m
-    tiles = tile_map(cu_seqlens, t, block_m)
+    if tiles is None:
+        (tiles,) = tile_maps(topk_map(q, k_cmp, cu_seqlens, config))
     num_tiles = tiles.shape[2]
     lse = lse.float().t().contiguous()  # [Hq, T]
     columns = cdiv(num_blocks, config["BLOCK_J"])

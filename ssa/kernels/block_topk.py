@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_d, load_rows, load_tile, precision, tile_maps
+from .common import block_d, load_rows, load_tile, precision, tile_map
 from .inner import exp_shared, exponent_unit
-from .launch import cdiv, launcher
 
 SCRATCH = 256 * 2**20
 GROUP = tl.constexpr(16)
@@ -39,7 +38,6 @@ def _config(head_dim: int, dtype: torch.dtype, group: int) -> dict[str, int]:
     return dict(BLOCK_M=64, BLOCK_J=64, HEADS=2 if group % 2 == 0 else 1, SHARE=4, num_warps=4, num_stages=3, maxnreg=168)
 
 
-@launcher
 @triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_tokens"])
 def _score_kernel(
     q_ptr, k_ptr, lse_ptr, scores_ptr, cu_blocks_ptr, child_offsets_ptr, fill_order_ptr, tiles_ptr, scale, tile0,
@@ -146,7 +144,6 @@ def _write_ids(
         tl.store(out + i, tl.full([ROWS], -1, tl.int32), mask=(tl.arange(0, ROWS) < rows) & (written <= i))
 
 
-@launcher
 @triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "parts"])
 def _best_kernel(
     scores_ptr, best_ptr, cu_blocks_ptr, tiles_ptr, tile0, num_tiles, chunk_tiles, num_blocks, num_groups, parts, HKV: tl.constexpr,
@@ -170,7 +167,6 @@ def _best_kernel(
         tl.store(best_ptr + (group * stride + column), best, mask=group < num_groups)
 
 
-@launcher
 @triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "listable", "topk"])
 def _topk_kernel(
     scores_ptr, best_ptr, list_ptr, listed_ptr, ids_ptr, cu_blocks_ptr, tiles_ptr, tile0, num_tiles, chunk_tiles, num_blocks, num_groups,
@@ -214,20 +210,11 @@ def _topk_kernel(
         _write_ids(list_ptr, listed_ptr, length, stride, ids_ptr, rows, block0, topk, lo, HKV, ROWS, True)
 
 
-def topk_map(q: Tensor, k_cmp: Tensor, cu_seqlens: Tensor, config: dict | None = None) -> tuple[Tensor, int, int]:
-    """What `tile_maps` takes for the scores."""
-    t, hq, d = q.shape
-    return cu_seqlens, t, (config or _config(d, q.dtype, hq // k_cmp.shape[1]))["BLOCK_M"]
-
-
 def block_topk(
     q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_blocks: Tensor, child_offsets: Tensor, fill_order: Tensor, topk: int,
-    scale: float, config: dict | None = None, tiles: Tensor | None = None,
+    scale: float, config: dict | None = None,
 ) -> Tensor:  # fmt: skip
-    """Contiguous q, k_cmp, lse; cu_blocks [B+1], child_offsets [S+1], fill_order [S] of the partition's selection blocks.
-
-    tiles: of `topk_map`, made here if not given.
-    """
+    """Contiguous q, k_cmp, lse; cu_blocks [B+1], child_offsets [S+1], fill_order [S] of the partition's selection blocks."""
     (t, hq, d), hkv, num_blocks = q.shape, k_cmp.shape[1], fill_order.shape[0]
     device = q.device
     ids = torch.empty(t, hkv, topk, dtype=torch.int32, device=device)
@@ -237,12 +224,11 @@ def block_topk(
     launch = {key: config.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in config}
     block_m = config["BLOCK_M"]
     assert block_m % ROWS == 0, block_m
-    if tiles is None:
-        (tiles,) = tile_maps(topk_map(q, k_cmp, cu_seqlens, config))
+    tiles = tile_map(cu_seqlens, t, block_m)
     num_tiles = tiles.shape[2]
     lse = lse.float().t().contiguous()  # [Hq, T]
-    columns = cdiv(num_blocks, config["BLOCK_J"])
-    num_groups = cdiv(num_blocks, GROUP.value)
+    columns = triton.cdiv(num_blocks, config["BLOCK_J"])
+    num_groups = triton.cdiv(num_blocks, GROUP.value)
     listable = min(topk, num_groups) * GROUP.value
     chunk = max(1, min(num_tiles, SCRATCH // (4 * hkv * (num_blocks + num_groups + 2 * listable) * block_m)))
     scores, best, listed_scores = (
@@ -255,7 +241,7 @@ def block_topk(
             q, k_cmp, lse, scores, cu_blocks, child_offsets, fill_order, tiles, scale, tile0, num_tiles, n, num_blocks, t, HQ=hq, HKV=hkv,
             D=d, BLOCK_D=block_d(d), PRECISION=precision(q), **config, **launch,
         )  # fmt: skip
-        parts = cdiv(num_groups, GROUPS.value)
+        parts = triton.cdiv(num_groups, GROUPS.value)
         _best_kernel[(n * hkv * parts,)](
             scores, best, cu_blocks, tiles, tile0, num_tiles, n, num_blocks, num_groups, parts, HKV=hkv, BLOCK_M=block_m, num_warps=4
         )

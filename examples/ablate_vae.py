@@ -1,7 +1,7 @@
 """What limits the VAE: the compact model trained for as many minutes in each variant, scored on the held-out meshes at 256.
 
 `python -m examples.ablate_vae --meshes DIR --prepared DIR --out DIR [--minutes 1] [--jobs 1]` → OUT/ablation.md; PREPARED as
-`examples/train_vae.sh` leaves it. A variant that is scored already is not trained again.
+`examples/train_vae.sh` leaves it, the first variant with its settings but 256 alone. A variant that is scored already is not trained again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reference_model.cli import parse
 
 # name → settings of train_vae, settings of evaluate_vae
 VARIANTS: dict[str, tuple[list[str], list[str]]] = {
-    "as trained by examples/train_vae.sh": ([], []),
+    "learned pooling, subpixel decoder": ([], []),
     "pooling by the mean (paper)": (["vae.pooling=mean"], []),
     "symmetric decoder (paper)": (["vae.decoder=symmetric"], []),
     "released decoder": (["vae.decoder=released"], []),
@@ -37,7 +37,7 @@ BASE = [
 
 
 def command(module: str, *arguments: str) -> None:
-    """Run a module of the reference model; CalledProcessError with the end of what it said."""
+    """Run a module of the reference model; RuntimeError with the end of what it said."""
     done = subprocess.run([sys.executable, "-m", f"reference_model.{module}", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{module} {' '.join(arguments)}: {done.stderr[-2000:]}")

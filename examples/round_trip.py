@@ -1,6 +1,6 @@
 """Mesh → volume → latents → mesh, with scores and a picture: `python -m examples.round_trip [--mesh PATH] [--resolution 256]`.
 
-The part of `make demo` that shows the SS-VAE; the weights are those of the package unless `--weights` names others.
+The weights are those of the package unless `--weights` names others; without any it says so and stops.
 """
 
 from __future__ import annotations

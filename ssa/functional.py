@@ -366,7 +366,21 @@ def add_position(x: Tensor, table: Tensor, slots: Tensor, *, impl: str | None = 
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, num_groups: int, eps: float = 1e-5, *, impl: str | None = None
 ) -> Tensor:
-    """SiLU(GroupNorm(x)) in x's dtype. x [N, F]; weight, bias [F]; cu_seqlens [B+1] int32, from 0 to N: the rows of each sample."""
+    """SiLU(GroupNorm(x)) in x's dtype, moments over the rows of a sample and the channels of a group.
+
+    x [N, F]; weight, bias [F]; cu_seqlens [B+1] int32, from 0 to N: the rows of each sample; num_groups divides F.
+    """
+    _check_floating(x=x, weight=weight, bias=bias)
+    _check_tensors(cu_seqlens=cu_seqlens)
+    if x.ndim != 2 or weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
+        raise ValueError(f"x must be [N, F], weight and bias [F], got {x.shape=}, {weight.shape=}, {bias.shape=}")
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise ValueError(f"num_groups must divide the {x.shape[1]} channels, got {num_groups}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be [B+1] int32, got {cu_seqlens.shape=}, {cu_seqlens.dtype=}")
+    for name, t in (("weight", weight), ("bias", bias), ("cu_seqlens", cu_seqlens)):
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
     if _choose(impl, x) != "triton":
         return naive.group_norm_silu(x, weight, bias, cu_seqlens, num_groups, eps)
     from .autograd.group_norm_silu import group_norm_silu as op

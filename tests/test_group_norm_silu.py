@@ -107,6 +107,21 @@ def test_definition_gradcheck():
     assert torch.autograd.gradcheck(lambda x, w, b: naive.group_norm_silu(x, w, b, cu_of(3, 0, 4), 2, EPS), inputs)
 
 
+def test_mistakes_are_named():
+    x, weight, cu = torch.zeros(3, 8, device=DEVICE), torch.ones(8, device=DEVICE), cu_of(3)
+    for arguments, rule in (
+        ((x[0], weight, weight, cu, 2), "x must be"),
+        ((x, weight[1:], weight, cu, 2), "weight and bias"),
+        ((x, weight, weight, cu, 3), "num_groups must divide the 8 channels, got 3"),
+        ((x, weight, weight, cu, 0), "num_groups must divide"),
+        ((x, weight, weight, cu.long(), 2), "cu_seqlens must be"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            group_norm_silu(*arguments)
+    with pytest.raises(TypeError, match="x must be floating point"):
+        group_norm_silu(x.int(), weight, weight, cu, 2)
+
+
 def test_nan_stays_in_its_sample():
     cu, (x, weight, bias) = cu_of(70, 90, 3), draw_inputs(163, 64)
     clean = group_norm_silu(x, weight, bias, cu, 32, EPS, impl=IMPL)

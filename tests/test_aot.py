@@ -128,8 +128,8 @@ def test_all_kernels_fit_every_chip():
     One job of each family is compiled for all four chips. Where its PTX for a chip is that for an earlier chip, line by line but for the
     target, the rest of the family is not compiled twice: sm_89 has the code of sm_80 nearly everywhere, sm_90 where no tensor core is used.
     """
-    dtypes = torch.bfloat16, torch.float32
-    work = sorted(set().union(*(jobs(d, dtype) for d in (32, 48, 64, 128) for dtype in dtypes)), key=str)
+    settings = [(d, torch.bfloat16) for d in (32, 64, 128)] + [(d, torch.float32) for d in (48, 128)]  # every branch of every _config
+    work = sorted(set().union(*(jobs(*setting) for setting in settings)), key=str)
     first = {family(job): job for job in work}
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
 
@@ -145,4 +145,4 @@ def test_all_kernels_fit_every_chip():
         for c, kib in SHARED_KIB.items():
             _, size = done[job, c] if (job, c) in done else done[job, twin[family(job), c]]
             too_much += [f"{job[0]}.{job[1]} sm_{c}: {size / 1024}"] if size > kib * 1024 else []
-    assert len(work) >= 180 and not too_much, f"shared memory in KiB beyond the chip's: {too_much}"
+    assert len(work) >= 150 and not too_much, f"shared memory in KiB beyond the chip's: {too_much}"

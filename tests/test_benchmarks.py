@@ -312,7 +312,7 @@ def test_figures_of_a_row():
 
 def test_peers_say_what_they_are():
     assert set(peers.describe()) == set(cases.DENSE) == set(report.PEER_NAMES)
-    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    q, k, v = torch.randn(3, 1, 2, 40, 16).bfloat16()
     assert peers.layout("cudnn") == "bhtd"
     with pytest.raises(ValueError, match="impl='other'"):
         peers.dense_attention("other")

@@ -1,4 +1,4 @@
-"""Hypothesis draws layouts; forward and all gradients against naive in fp64: 300 layouts on CUDA, 30 elsewhere (see conftest.py)."""
+"""Hypothesis draws layouts; forward and all gradients against naive in fp64: 300 layouts on CUDA, 24 elsewhere (see conftest.py)."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Training checkpoints: one safetensors file with the whole state, its header says what made it.
 
-Tensors: `model/NAME`, `ema/NAME`, `optimizer/INDEX/KEY`. Header: `format`, `state` (JSON: step and counters; all random numbers and the
+Tensors: `model/NAME`, `ema/NAME`, `optimizer/PART/INDEX/KEY`. Header: `format`, `state` (JSON: step and counters; all random numbers and the
 loader's place follow from seed and step), `card` (JSON: configuration, commit, sha256 of the data).
 """
 
@@ -11,22 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-_FORMAT = "ssa-checkpoint-1"
+from reference_model.optimizers import Optimizers
+
+_FORMAT = "ssa-checkpoint-2"
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], card: Mapping[str, Any],
-    keep: int = 2,
+    folder: Path, model: nn.Module, ema: nn.Module, optimizer: Optimizers, state: Mapping[str, Any], card: Mapping[str, Any], keep: int = 2
 ) -> Path:  # fmt: skip
     """Write folder/step_NNNNNNNN.safetensors (state["step"]), whole or not at all, and remove all but the newest `keep`."""
     from safetensors.torch import save_file
 
     tensors = {f"model/{name}": x for name, x in model.state_dict().items()} | {f"ema/{name}": x for name, x in ema.state_dict().items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(x) for key, x in slots.items()}
+    tensors |= {f"optimizer/{name}": x for name, x in optimizer.state().items()}
     header = {"format": _FORMAT, "state": json.dumps(dict(state)), "card": json.dumps(dict(card))}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{state['step']:08d}.safetensors"
@@ -57,7 +56,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads(header["state"]), json.loads(header["card"])
 
 
-def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
     """Fill model, EMA and optimiser from a checkpoint; its state is returned. RuntimeError where names or shapes differ."""
     from safetensors.torch import load_file
 
@@ -68,11 +67,7 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer: tor
         groups[kind][rest] = x
     model.load_state_dict(groups["model"])
     ema.load_state_dict(groups["ema"])
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, x in groups["optimizer"].items():
-        index, key = name.split("/")
-        slots.setdefault(int(index), {})[key] = x
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state(groups["optimizer"])
     return state
 
 

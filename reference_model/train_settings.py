@@ -10,6 +10,7 @@ class TrainSettings:
 
     steps: int
     lr: float = 1e-4
+    optimizer: str = "adamw"  # or muon, for weights that are matrices: see `reference_model.optimizers`
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: str = "cosine"  # cosine (to 0) or constant, after the warm-up
@@ -30,6 +31,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "constant") or self.precision not in ("bf16", "fp32"):
             raise ValueError(f"schedule is cosine or constant, precision bf16 or fp32, got {self.schedule=}, {self.precision=}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer is adamw or muon, got {self.optimizer=}")
         if min(self.steps, self.log_every, self.validate_every, self.save_every, self.keep) < 1:
             raise ValueError(f"steps, log_every, validate_every, save_every and keep must be positive, got {self}")
 

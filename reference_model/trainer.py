@@ -1,4 +1,4 @@
-"""One trainer for every model: AdamW, autocast, EMA, clipping, validation, exact resumption, several processes under torchrun.
+"""One trainer for every model: AdamW or Muon, autocast, EMA, clipping, validation, exact resumption, several processes under torchrun.
 
 A model has `loss(batch, generator) -> {"total": scalar, ...}`, or the caller gives one. A batch has `to(device, non_blocking)` and
 `counts`, numbers to add up ("tokens" among them). Batches come from `batches(start)`: an endless iterator from batch `start` on, the same
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from reference_model.checkpoint import list_checkpoints, load_checkpoint, read_header, save_checkpoint
 from reference_model.cli import optional_import
 from reference_model.distributed import Ranks
+from reference_model.optimizers import Optimizers
 from reference_model.train_settings import TrainSettings
 
 
@@ -83,9 +84,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=self.device.type == "cuda"
-        )
+        self.optimizer = Optimizers(self.parameters, settings)
         self.state = _State()
         self.history: list[dict[str, Any]] = []
         if found := list_checkpoints(out / "checkpoints"):
@@ -146,21 +145,19 @@ class Trainer:
         torch.manual_seed(seed % 2**63)
         generator = torch.Generator(self.device).manual_seed(seed % 2**63)
         rate = settings.rate(state.step, state.seconds)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         terms = self.loss(batch, generator)
         terms["total"].backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, settings.clip)
         numbers = torch.stack([norm, *(x.detach().float() for x in terms.values())]).tolist()  # the one synchronisation of a step
         values = dict(zip(("norm", *terms), numbers, strict=True))
         if all(map(math.isfinite, self.ranks.sum(numbers))):
-            self.optimizer.step()
+            self.optimizer.step(rate)
             self._follow(min(settings.ema, (1 + state.step) / (10 + state.step)))
             state.skipped_in_row = 0
             window.add(values)
         else:
             state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         window.count(batch, rate)
         if state.skipped_in_row >= settings.max_skipped:
             raise FloatingPointError(f"{state.skipped_in_row} steps in a row were not finite, the last one {values}")

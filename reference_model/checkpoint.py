@@ -1,7 +1,7 @@
 """Training checkpoints: one safetensors file with the whole state, its header says what made it.
 
-Tensors: `model/NAME`, `ema/NAME`, `optimizer/PART/INDEX/KEY`. Header: `format`, `state` (JSON: step and counters; all random numbers and the
-loader's place follow from seed and step), `card` (JSON: configuration, commit, sha256 of the data).
+Tensors: `model/NAME`, `ema/NAME`, `optimizer/PART/INDEX/KEY`. Header: `format`, `state` (JSON: step and counters; all random numbers
+and the loader's place follow from seed and step), `card` (JSON: configuration, commit, sha256 of the data).
 """
 
 import json

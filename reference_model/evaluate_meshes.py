@@ -30,13 +30,15 @@ from reference_model.sdf import sharp_edges, sheet_thickness, surface_to_volume
 from reference_model.sources import find_sources
 
 
-def round_trip(unit: NDArray, faces: NDArray, resolution: int, thickness: float | None, grid: int) -> tuple[Surface, dict[str, Any]]:
+def round_trip(
+    unit: NDArray, faces: NDArray, resolution: int, thickness: float | None, grid: int, sharp: bool
+) -> tuple[Surface, dict[str, Any]]:
     """The surface of a mesh's volume, both in the unit cube, and what was counted and timed on the way."""
     start, start_cpu = time.perf_counter(), time.process_time()
     solid = resolve_surface(unit, faces, sheet_thickness(resolution) if thickness is None else thickness)
     volume = surface_to_volume(solid, resolution)
     built, built_cpu = time.perf_counter(), time.process_time()
-    vertices, out_faces, report = extract_mesh(volume.coords, volume.values, resolution, volume.inside)
+    vertices, out_faces, report = extract_mesh(volume.coords, volume.values, resolution, volume.inside, sharp)
     if len(out_faces) == 0:
         raise MeshError(f"no surface left at {resolution=}")
     facts = {
@@ -62,13 +64,13 @@ def evaluate(path: Path, result: Path | None, resolution: int, config: Any, pict
     }  # fmt: skip
     shown = {"truth": truth}
     if result is None:
-        shown["result"], row["round_trip"] = round_trip(unit, mesh.faces, resolution, config.thickness, config.grid)
+        shown["result"], row["round_trip"] = round_trip(unit, mesh.faces, resolution, config.thickness, config.grid, config.sharp)
     else:
         other = load_mesh(result, config.y_up)
         row["result"] = result.name
         shown["result"] = Surface(other.vertices * scale + offset, other.faces, config.grid)
         if config.ceiling:
-            shown["ceiling"], row["round_trip"] = round_trip(unit, mesh.faces, resolution, config.thickness, config.grid)
+            shown["ceiling"], row["round_trip"] = round_trip(unit, mesh.faces, resolution, config.thickness, config.grid, config.sharp)
     if not closed and "round_trip" in row:
         row["thin_share"] = row["round_trip"]["thin_walls"]
     scored = {**shown, "floor": truth}

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from reference_model.mc_tables import CORNERS, EDGE_AXIS, EDGES, FACES, CaseTable, case_table
+from reference_model.sharp_features import sharp_faces, tangent_planes
 from reference_model.tiles import CELL, Tiles, lattice, local_index
+from reference_model.volume import TAU
 
 _CHUNK = 2048  # tiles handled at once: a halo of 9^3 floats each is 6 MB
 _MARGIN = 1e-3  # least distance of a vertex from a grid point, in edges: vertices of different edges never coincide
@@ -33,11 +35,14 @@ class ExtractionReport:
     open_vertices: int  # vertices on the rim of an opening
 
 
-def extract_mesh(coords: Tensor, values: Tensor, resolution: int, inside: Tensor | None = None) -> tuple[Tensor, Tensor, ExtractionReport]:
+def extract_mesh(
+    coords: Tensor, values: Tensor, resolution: int, inside: Tensor | None = None, sharp: bool = False
+) -> tuple[Tensor, Tensor, ExtractionReport]:
     """Zero level set of sparse voxels as an indexed triangle mesh in the cube [-1,1]^3.
 
     coords [N,3] integer, unique, in [0, R), any order; values [N] float, negative inside. inside [L,512] bool (optional, as
     `Volume.inside`): signs of the children of the cells coords // 8 in lexicographic order, used where a child has no value.
+    sharp: values are distances / tau, and edges and corners inside a cell are found from them (`sharp_features`).
     Returns vertices [V,3] float32, faces [F,3] int64 (counter-clockwise from outside) and a report, on the device of coords.
     A vertex lies where the values of its edge interpolate to 0, at least 1e-3 of the edge from either end (a few cells have one more in
     their middle). ValueError for malformed input.
@@ -50,7 +55,7 @@ def extract_mesh(coords: Tensor, values: Tensor, resolution: int, inside: Tensor
             raise ValueError(f"inside must be bool [{len(tiles.latents)},{CELL**3}], got {inside.shape=} {inside.dtype=}")
         known = tiles.values[:-1]
         known.copy_(torch.where(known.isnan(), 1 - 2 * inside.to(known), known))
-    surface = _Surface(tiles)
+    surface = _Surface(tiles, sharp)
     surface.find_vertices()
     surface.find_faces()
     return surface.result(len(coords))
@@ -59,6 +64,8 @@ def extract_mesh(coords: Tensor, values: Tensor, resolution: int, inside: Tensor
 @dataclass(eq=False)
 class _Surface:
     tiles: Tiles
+    sharp: bool = False
+    edges: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # of each vertex, if sharp: from voxel, axis, way along it
     vertices: list[Tensor] = field(default_factory=list)
     faces: list[Tensor] = field(default_factory=list)
     fans: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # cells with a vertex of their own: vertices [n,12], variants [n]
@@ -80,6 +87,7 @@ class _Surface:
         shape = (len(self.tiles.values), 3 * CELL**3)
         self.vertex_of = torch.full(shape, -1, dtype=torch.int32, device=device)  # [L+1, axis * 512 + lower end]
         self.cell_tiles = self.tiles.latents
+        self.scale = self.tiles.resolution / 2  # voxel edges in a unit of the cube
 
     def halos(self, rows: Tensor) -> Tensor:
         """Values [n,9,9,9] of tiles and their upper neighbours, from rows [n,8]."""
@@ -125,6 +133,8 @@ class _Surface:
         position = points.float()
         position.scatter_add_(1, axis[:, None], t[:, None])
         self.vertices.append((2 * position + 1) / self.tiles.resolution - 1)
+        if self.sharp:
+            self.edges.append((points.int(), axis, t))
         self.num_vertices += len(points)
 
     def find_faces(self) -> None:
@@ -166,7 +176,7 @@ class _Surface:
         a, b, c, d = corners[rare][:, self.cycles].unbind(2)
         joined = torch.where(a < 0, a * c > b * d, b * d > a * c)  # the bilinear interpolant is negative at its saddle
         variant[rare] += (weight[rare] * joined).sum(1)
-        own = self.table.fan[variant].any(1)
+        own = self.table.fan[variant].any(1) | self.sharp
         self.fans.append((ids[own], variant[own]))
         self.faces.append(self.triangles_of(ids[~own], variant[~own]))
 
@@ -216,13 +226,23 @@ class _Surface:
         device = self.tiles.values.device
         vertices = torch.cat([torch.empty(0, 3, device=device), *self.vertices])
         self.vertices.clear()
+        if self.sharp and len(vertices):
+            points, axis, way = (torch.cat(x) for x in zip(*self.edges, strict=True))
+            normals, found = tangent_planes(self.tiles, points, axis, way, TAU * self.scale)
+            moved = found.clamp(_MARGIN, 1 - _MARGIN) - way
+            vertices.scatter_add_(1, axis[:, None], moved[:, None] / self.scale)
         if self.fans:
             ids, variant = (torch.cat(x) for x in zip(*self.fans, strict=True))
-            round_it = self.table.fan[variant].to(vertices)
-            middle = (vertices[ids.clamp(min=0)] * round_it[..., None]).sum(1) / round_it.sum(1, keepdim=True)
-            number = torch.arange(len(vertices), len(vertices) + len(ids), dtype=torch.int32, device=device)
-            self.faces.append(self.triangles_of(torch.cat((ids, number[:, None]), 1), variant))
-            vertices = torch.cat((vertices, middle))
+            if self.sharp:
+                grid_points, faces = sharp_faces((vertices + 1) * self.scale, normals, ids, variant, self.table)
+                added = grid_points / self.scale - 1
+            else:
+                round_it = self.table.fan[variant].to(vertices)
+                added = (vertices[ids.clamp(min=0)] * round_it[..., None]).sum(1) / round_it.sum(1, keepdim=True)
+                number = torch.arange(len(vertices), len(vertices) + len(ids), dtype=torch.int32, device=device)
+                faces = self.triangles_of(torch.cat((ids, number[:, None]), 1), variant)
+            self.faces.append(faces)
+            vertices = torch.cat((vertices, added))
         faces = torch.cat([torch.empty(0, 3, dtype=torch.int32, device=device), *self.faces])
         self.faces.clear()
         return vertices, faces.long(), ExtractionReport(voxels, self.num_cells, *self.counts)

@@ -40,6 +40,9 @@ class CaseTable(NamedTuple):
     fan: Tensor  # [variants,12] bool: the edges round CENTRE, none where it is not used
     first: Tensor  # [256] int64
     weight: Tensor  # [256,6] int64, 0 where the face is not ambiguous
+    piece: Tensor  # [variants, most] int64: the loop of each triangle
+    loop_of: Tensor  # [variants,12] int64: the loop of each cell edge, -1 where it is not crossed
+    after: Tensor  # [variants,12] int64: the next edge of the loop
 
 
 def _faces() -> Iterator[list[int]]:
@@ -105,19 +108,16 @@ def _is_allowed(polygon: Polygon, i: int, j: int) -> bool:
     return j - i == 1 or not _FACES_OF_EDGE[polygon[i]] & _FACES_OF_EDGE[polygon[j]]
 
 
-def variant_triangles(case: int, joined: set[int]) -> list[Triangle]:
-    """Triangles of one variant as triples of cell edges and CENTRE."""
-    found: list[Triangle] = []
-    for loop in loops(case, joined):
-        fan = [(CENTRE, a, b) for a, b in zip(loop, loop[1:] + loop[:1], strict=True)]
-        found += next(_triangulations(loop), fan)
-    return found
+def loop_triangles(loop: Polygon) -> list[Triangle]:
+    """Triangles of a loop as triples of cell edges and CENTRE."""
+    fan = [(CENTRE, a, b) for a, b in zip(loop, loop[1:] + loop[:1], strict=True)]
+    return next(_triangulations(loop), fan)
 
 
 @lru_cache(maxsize=1)
 def case_table() -> CaseTable:
     """The whole table, on the CPU."""
-    variants: list[list[Triangle]] = []
+    variants: list[list[Polygon]] = []
     first, weight = torch.zeros(256, dtype=torch.int64), torch.zeros(256, 6, dtype=torch.int64)
     for case in range(256):
         faces = ambiguous_faces(case)
@@ -125,11 +125,18 @@ def case_table() -> CaseTable:
         for bit, face in enumerate(faces):
             weight[case, face] = 1 << bit
         for mask in range(1 << len(faces)):
-            variants.append(variant_triangles(case, {face for bit, face in enumerate(faces) if mask >> bit & 1}))
-    counts = torch.tensor([len(triangles) for triangles in variants])
-    table = torch.zeros(len(variants), int(counts.max()), 3, dtype=torch.int64)
+            variants.append(loops(case, {face for bit, face in enumerate(faces) if mask >> bit & 1}))
+    cut = [[loop_triangles(loop) for loop in found] for found in variants]
+    counts = torch.tensor([sum(map(len, triangles)) for triangles in cut])
+    table, piece = torch.zeros(len(variants), int(counts.max()), 3, dtype=torch.int64), torch.zeros(len(variants), int(counts.max())).long()
     fan = torch.zeros(len(variants), 12, dtype=torch.bool)
-    for row, triangles in enumerate(variants):
+    loop_of, after = torch.full((len(variants), 12), -1), torch.zeros(len(variants), 12, dtype=torch.int64)
+    for row, (found, pieces) in enumerate(zip(variants, cut, strict=True)):
+        triangles = [t for part in pieces for t in part]
         table[row, : len(triangles)] = torch.tensor(triangles, dtype=torch.int64).view(-1, 3)
+        piece[row, : len(triangles)] = torch.tensor([i for i, part in enumerate(pieces) for _ in part], dtype=torch.int64)
         fan[row, [b for a, b, _ in triangles if a == CENTRE]] = True
-    return CaseTable(table, counts, fan, first, weight)
+        for number, loop in enumerate(found):
+            loop_of[row, list(loop)] = number
+            after[row, list(loop)] = torch.tensor(loop[1:] + loop[:1])
+    return CaseTable(table, counts, fan, first, weight, piece, loop_of, after)

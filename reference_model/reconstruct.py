@@ -1,6 +1,6 @@
 """One file there and back: `python -m reference_model.reconstruct in=MESH out=MESH resolution=256 network=none|default|PATH`.
 
-mesh → unit cube → volume (→ latents → volume, with a network) → marching cubes at 0 → frame and units of the file. Without a network it
+mesh → unit cube → volume (→ latents → volume, with a network) → surface at 0 → frame and units of the file. Without a network it
 shows what the grid can hold. With one, latents are the mean of the posterior: the same file gives the same mesh.
 """
 
@@ -23,12 +23,15 @@ from reference_model.vae_decode import DEFAULT_WEIGHTS, decode_volume, load_vae
 from reference_model.volume import Volume
 
 
-def volume_to_mesh(volume: Volume, network: SparseVAE | None = None) -> tuple[np.ndarray, np.ndarray, ExtractionReport]:
+def volume_to_mesh(
+    volume: Volume, network: SparseVAE | None = None, sharp: bool | None = None
+) -> tuple[np.ndarray, np.ndarray, ExtractionReport]:
     """Surface of a volume, or of what a network makes of it, in the z-up frame and units of its source.
 
+    sharp: edges inside cells, as `extract_mesh`; None: where there is no network, whose values are no exact distances.
     Returns vertices [V,3] float64, faces [F,3] int64 and the report.
     """
-    vertices, faces, report = unit_mesh(volume, network)
+    vertices, faces, report = unit_mesh(volume, network, network is None if sharp is None else sharp)
     motion = symmetries()[int(volume.meta.get("symmetry", 0))].double()
     if torch.det(motion) < 0:
         faces = faces.flip(1)
@@ -36,11 +39,11 @@ def volume_to_mesh(volume: Volume, network: SparseVAE | None = None) -> tuple[np
     return ((unit - torch.tensor(volume.offset).double()) / volume.scale).numpy(), faces.cpu().numpy(), report
 
 
-def unit_mesh(volume: Volume, network: SparseVAE | None = None) -> tuple[Tensor, Tensor, ExtractionReport]:
+def unit_mesh(volume: Volume, network: SparseVAE | None, sharp: bool) -> tuple[Tensor, Tensor, ExtractionReport]:
     """As `extract_mesh`, in the unit cube; with a network from its decoded values at all children of the volume's latents."""
     if network is None:
-        return extract_mesh(volume.coords, volume.values, volume.resolution, volume.inside)
-    return extract_mesh(*rebuild(volume, network))
+        return extract_mesh(volume.coords, volume.values, volume.resolution, volume.inside, sharp)
+    return extract_mesh(*rebuild(volume, network), sharp)
 
 
 @torch.no_grad()
@@ -80,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             scale=scale, offset=offset, y_up=mesh.y_up, meta={"source": mesh.name},
         )  # fmt: skip
         built = time.perf_counter()
-        vertices, faces, report = volume_to_mesh(volume, network)
+        vertices, faces, report = volume_to_mesh(volume, network, config.sharp)
         if len(faces) == 0:
             raise MeshError(f"no surface left at {config.resolution=}")
         extracted = time.perf_counter()

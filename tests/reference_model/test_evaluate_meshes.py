@@ -45,9 +45,9 @@ def test_round_trip_table(tmp_path):
         assert (result["components"], result["genus"], result["open_components"]) == (1, 0, 0)
         assert floor["f1@0.0002"] == 100 and floor["normal_psnr"] == 100
         assert result["f1@0.001"] > (99.9 if name == "rod.obj" else 96) and result["flipped"] < 0.1
-        # marching cubes cut about 0.44 h of area off each unit of a right-angled edge
+        # marching cubes alone cut about 0.44 h of area off each unit of a right-angled edge
         lost = 0.0 if name == "rod.obj" else 0.44 * 2 / resolution * 4 * (3 + 0.5 + 0.4) * (3 / 1.9) / (2 * (1.5 + 1.2 + 0.2))
-        assert result["area_ratio"] == pytest.approx(1 - lost, abs=0.002)
+        assert 1 - 0.4 * lost - 0.002 < result["area_ratio"] < 1.002
         assert row["round_trip"]["open_vertices"] == 0 and row["round_trip"]["voxels"] > 1000
         picture = np.asarray(Image.open(out / "pictures" / f"{name}_{resolution}.png"))
         assert picture.shape[1] == 3 * 448 and 400 < picture.shape[0] < 3 * 448

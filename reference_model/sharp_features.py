@@ -1,0 +1,162 @@
+"""Sharp edges for marching cubes (Kobbelt et al., Feature Sensitive Surface Extraction from Volume Data, SIGGRAPH 2001).
+
+Vertices of marching cubes lie on the surface, its triangles cut across what bends inside a cell. Where the normals round a loop of a cell
+differ, the tangent planes at its vertices meet in a point: the loop becomes a fan round that point, and an edge between two such fans is
+turned to join their points. Nothing is added or lost but triangles: a closed surface stays closed, of the same genus.
+
+Normals come from the distances alone. A difference quotient that reaches across a crease has not the length 1, so each voxel takes the
+one of central and one-sided differences whose length is nearest to 1, and each vertex the end of its edge whose plane passes nearest:
+there it moves onto that plane.
+Lengths are voxel edges. Letters: V vertices, n cells.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from reference_model.mc_tables import CaseTable
+from reference_model.tiles import Tiles
+
+LOOPS = 4  # of a cell, at most
+_BEND = 0.997  # cosine between a normal and the mean of its loop below which the loop gets a point: 4.4 degrees
+_REACH = 0.75  # voxel edges from the middle of the cell, along each axis: beyond it the planes do not meet in this cell
+_DAMPING = 0.05  # added to the squares: what no plane fixes stays in the middle of the loop
+_CENTRAL = 0.01  # error of length up to which central differences are taken: they are exact to second order
+_WORST = 0.2  # error of length from which a voxel has no normal
+_STEEP = 0.3  # least cosine between an edge and a normal whose plane may move the vertex
+_APART = 0.02  # voxel edges between vertex and plane up to which they agree
+_CHUNK = 1 << 18
+
+
+def tangent_planes(tiles: Tiles, points: Tensor, axis: Tensor, way: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """Planes of vertices that lie `way` [V] of the edge from voxels points [V,3] along axis [V]: normals [V,3], 0 where there is none,
+    and the way [V] to where the plane cuts the edge, which is right where the other end lies nearest to another face.
+
+    unit: voxel edges of a value of 1. Values of ±1 and beyond are clamped or filled in, and no distances.
+    """
+    normals, ways = [], []
+    step = torch.eye(3, dtype=torch.int64, device=points.device)
+    for p, a, t in zip(points.split(_CHUNK), axis.split(_CHUNK), way.split(_CHUNK), strict=True):
+        normal, cut, least = torch.zeros(len(p), 3, device=p.device), t, torch.full_like(t, torch.inf)
+        for end, from_end in ((p.long(), t), (p.long() + step[a], t - 1)):
+            gradient, distance = _gradients(tiles, end, unit)
+            along = gradient.gather(1, a[:, None])[:, 0]
+            height = along * from_end + distance
+            nearer = height.abs() < least  # false for NaN
+            normal = torch.where(nearer[:, None], gradient, normal)
+            cut = torch.where(nearer, t - torch.where((along.abs() > _STEEP) & (height.abs() > _APART), height / along, 0), cut)
+            least = torch.where(nearer, height.abs(), least)
+        normals.append(normal)
+        ways.append(cut)
+    return torch.cat(normals), torch.cat(ways)
+
+
+def _gradients(tiles: Tiles, points: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """Unit gradients [m,3] at voxels and their distances [m], NaN where no difference quotient has about the length 1."""
+
+    def known(at: Tensor) -> Tensor:
+        value = tiles.at(at)
+        return torch.where(value.abs() < 1, value * unit, torch.nan)
+
+    step = torch.eye(3, dtype=torch.int64, device=points.device)
+    distance = known(points)
+    forward = known(points[:, None] + step) - distance[:, None]
+    backward = distance[:, None] - known(points[:, None] - step)
+    best = (forward + backward) / 2
+    error = (best.norm(dim=1) - 1).abs().nan_to_num(torch.inf)
+    error = torch.where(error < _CENTRAL, -1.0, error)
+    for sides in product((True, False), repeat=3):
+        other = torch.where(torch.tensor(sides, device=points.device), forward, backward)
+        its = (other.norm(dim=1) - 1).abs()
+        better = its < error
+        best = torch.where(better[:, None], other, best)
+        error = torch.where(better, its, error)
+    return torch.where((error < _WORST)[:, None], best / best.norm(dim=1, keepdim=True), torch.nan), distance
+
+
+def sharp_faces(vertices: Tensor, normals: Tensor, ids: Tensor, variant: Tensor, table: CaseTable) -> tuple[Tensor, Tensor]:
+    """Points [F,3] to be added behind `vertices`, and all triangles int64, of cells whose edges carry the vertices ids [n,12], -1 = none.
+
+    vertices [V,3] in voxel edges; normals as `tangent_planes`; variant [n]: of the table. Loops that the table draws round a vertex of
+    their own get a point in any case.
+    """
+    points: list[Tensor] = []
+    feature = torch.full((len(ids) * LOOPS,), -1, device=ids.device)
+    count = 0
+    for first in range(0, len(ids), _CHUNK):
+        rows = slice(first, first + _CHUNK)
+        place, x = _meeting_points(vertices, normals, ids[rows], table.loop_of[variant[rows]], table.fan[variant[rows]])
+        feature[first * LOOPS + place] = len(vertices) + count + torch.arange(len(x), device=ids.device)
+        points.append(x)
+        count += len(x)
+    added = torch.cat(points) if points else vertices[:0]
+    slots = table.counts[variant]
+    cell = torch.arange(len(ids), device=ids.device).repeat_interleave(slots)
+    slot = torch.arange(len(cell), device=ids.device) - (slots.cumsum(0) - slots)[cell]
+    plain = feature[cell * LOOPS + table.piece[variant[cell], slot]] < 0
+    cell, slot = cell[plain], slot[plain]
+    faces = [ids[cell[:, None], table.triangles[variant[cell], slot]].long()]
+    loop = table.loop_of[variant]
+    cell, edge = (loop >= 0).nonzero().unbind(1)
+    top = feature[cell * LOOPS + loop[cell, edge]]
+    cell, edge, top = cell[top >= 0], edge[top >= 0], top[top >= 0]
+    fans = torch.stack((top, ids[cell, edge], ids[cell, table.after[variant[cell], edge]]), 1).long()
+    faces += _turn_edges(torch.cat((vertices, added)), fans)
+    return added, torch.cat(faces)
+
+
+def _meeting_points(vertices: Tensor, normals: Tensor, ids: Tensor, loop: Tensor, fan: Tensor) -> tuple[Tensor, Tensor]:
+    """(cell * LOOPS + loop, point where its tangent planes meet) of the loops that bend, in order; the middle of a `fan` where they do not."""
+    cell, edge = (loop >= 0).nonzero().unbind(1)
+    number = cell * LOOPS + loop[cell, edge]
+    always = torch.zeros(len(ids) * LOOPS, dtype=torch.bool, device=ids.device).index_fill_(0, number[fan[cell, edge]], True)
+    vertex = ids[cell, edge].long()
+    position, normal = vertices[vertex], normals[vertex]
+
+    def total(x: Tensor) -> Tensor:
+        return x.new_zeros(len(ids) * LOOPS, *x.shape[1:]).index_add_(0, number, x)
+
+    size = total(torch.ones_like(position[:, :1])).clamp(min=1)
+    middle = total(position) / size
+    mean = torch.nn.functional.normalize(total(normal), dim=1)
+    cosine = (normal * mean[number]).sum(1)
+    least = torch.ones(len(ids) * LOOPS, device=ids.device).scatter_reduce_(0, number, cosine, "amin")
+    wanted = (least < _BEND) | always
+    bent, chosen = wanted.nonzero().flatten(), wanted[number]
+    number, normal, position = number[chosen], normal[chosen], position[chosen]
+    height = ((position - middle[number]) * normal).sum(1, keepdim=True)
+    square = total(normal[:, :, None] * normal[:, None, :])[bent]
+    square += _DAMPING * torch.eye(3, device=ids.device)
+    way = torch.linalg.solve(square, total(normal * height)[bent, :, None])[..., 0]
+    point = middle[bent] + way
+    centre = (middle[bent] - 0.5).floor() + 1.0  # voxel centres lie at k + 1/2
+    near = ((point - centre).abs() < _REACH).all(1, keepdim=True)
+    point = torch.where(near, point, middle[bent])
+    kept = near[:, 0] | always[bent]
+    return bent[kept], point[kept]
+
+
+def _turn_edges(vertices: Tensor, fans: Tensor) -> list[Tensor]:
+    """Triangles (point, a, b) of fans; where two share the edge a b, that edge gives way to one between their points."""
+    a, b = fans[:, 1:].amin(1), fans[:, 1:].amax(1)
+    key, order = torch.sort(a * len(vertices) + b, stable=True)
+    fans = fans[order]
+    first = (key[1:] == key[:-1]).nonzero().flatten()
+    f, p, q = fans[first].unbind(1)
+    g = fans[first + 1, 0]
+    turned = torch.stack((torch.stack((f, p, g), 1), torch.stack((f, g, q), 1)))
+    before = _normals(vertices, fans[first]) + _normals(vertices, fans[first + 1])
+    upright = ((_normals(vertices, turned) * before).sum(-1) > 0).all(0)
+    _, pair, uses = torch.unique(torch.minimum(f, g) * len(vertices) + torch.maximum(f, g), return_inverse=True, return_counts=True)
+    turn = upright & (uses[pair] == 1)  # two such edges between the same points would be shared by four triangles
+    kept = torch.ones(len(fans), dtype=torch.bool, device=fans.device)
+    kept[first[turn]] = kept[first[turn] + 1] = False
+    return [fans[kept], turned[:, turn].flatten(0, 1)]
+
+
+def _normals(vertices: Tensor, faces: Tensor) -> Tensor:
+    a, b, c = vertices[faces].unbind(-2)
+    return torch.linalg.cross(b - a, c - a)

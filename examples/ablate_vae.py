@@ -29,10 +29,11 @@ VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "no sharp loss": (["vae.lambda_sharp=0"], []),
     "occupancy head, pruned at 1/2": (["vae.occupancy=true"], ["prune=0.5"]),
     "trained at 256 and 512": (["resolutions=[256,512]"], []),
+    "AdamW (paper)": (["trainer.optimizer=adamw", "trainer.lr=3e-3"], []),
 }
 BASE = [
-    "train=gpu-multi", "vae=compact", "data=prepared", "resolutions=[256]", "tokens=8000", "trainer.lr=3e-3", "trainer.warmup=50",
-    "picture=false",
+    "train=gpu-multi", "vae=compact", "data=prepared", "resolutions=[256]", "tokens=4000", "trainer.optimizer=muon",
+    "trainer.lr=5e-3", "trainer.warmup=50", "picture=false",
 ]  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def sharp_faces(vertices: Tensor, normals: Tensor, ids: Tensor, variant: Tensor,
 
 
 def _meeting_points(vertices: Tensor, normals: Tensor, ids: Tensor, loop: Tensor, fan: Tensor) -> tuple[Tensor, Tensor]:
-    """(cell * LOOPS + loop, point where its tangent planes meet) of the loops that bend, in order; the middle of a `fan` where they do not."""
+    """(cell * LOOPS + loop, point where its tangent planes meet) of the loops that bend, in order; the middle of other `fan`s."""
     cell, edge = (loop >= 0).nonzero().unbind(1)
     number = cell * LOOPS + loop[cell, edge]
     always = torch.zeros(len(ids) * LOOPS, dtype=torch.bool, device=ids.device).index_fill_(0, number[fan[cell, edge]], True)

@@ -78,34 +78,39 @@ def _gradients(tiles: Tiles, points: Tensor, unit: float) -> tuple[Tensor, Tenso
 
 
 def sharp_faces(vertices: Tensor, normals: Tensor, ids: Tensor, variant: Tensor, table: CaseTable) -> tuple[Tensor, Tensor]:
-    """Points [F,3] to be added behind `vertices`, and all triangles int64, of cells whose edges carry the vertices ids [n,12], -1 = none.
+    """Points [F,3] to be added behind `vertices`, and all triangles, of cells whose edges carry the vertices ids [n,12], -1 = none.
 
     vertices [V,3] in voxel edges; normals as `tangent_planes`; variant [n]: of the table. Loops that the table draws round a vertex of
     their own get a point in any case.
     """
-    points: list[Tensor] = []
-    feature = torch.full((len(ids) * LOOPS,), -1, device=ids.device)
-    count = 0
-    for first in range(0, len(ids), _CHUNK):
-        rows = slice(first, first + _CHUNK)
-        place, x = _meeting_points(vertices, normals, ids[rows], table.loop_of[variant[rows]], table.fan[variant[rows]])
-        feature[first * LOOPS + place] = len(vertices) + count + torch.arange(len(x), device=ids.device)
+    points, faces, fans = [vertices[:0]], [], [ids.new_zeros(0, 3)]
+    count = len(vertices)
+    for own, kind in zip(ids.split(_CHUNK), variant.split(_CHUNK), strict=True):
+        place, x = _meeting_points(vertices, normals, own, table.loop_of[kind], table.fan[kind])
+        point = own.new_full((len(own) * LOOPS,), -1)
+        point[place] = torch.arange(count, count + len(x), dtype=own.dtype, device=own.device)
         points.append(x)
         count += len(x)
-    added = torch.cat(points) if points else vertices[:0]
+        plain, fan = _draw(own, kind, point, table)
+        faces.append(plain)
+        fans.append(fan)
+    added = torch.cat(points)
+    return added, torch.cat((*faces, *_turn_edges(torch.cat((vertices, added)), torch.cat(fans))))
+
+
+def _draw(ids: Tensor, variant: Tensor, point: Tensor, table: CaseTable) -> tuple[Tensor, Tensor]:
+    """Triangles of loops without a point, and those (point, a, b) of the others; point [n * LOOPS], -1 = none."""
     slots = table.counts[variant]
     cell = torch.arange(len(ids), device=ids.device).repeat_interleave(slots)
     slot = torch.arange(len(cell), device=ids.device) - (slots.cumsum(0) - slots)[cell]
-    plain = feature[cell * LOOPS + table.piece[variant[cell], slot]] < 0
+    plain = point[cell * LOOPS + table.piece[variant[cell], slot]] < 0
     cell, slot = cell[plain], slot[plain]
-    faces = [ids[cell[:, None], table.triangles[variant[cell], slot]].long()]
+    faces = ids[cell[:, None], table.triangles[variant[cell], slot]]
     loop = table.loop_of[variant]
     cell, edge = (loop >= 0).nonzero().unbind(1)
-    top = feature[cell * LOOPS + loop[cell, edge]]
+    top = point[cell * LOOPS + loop[cell, edge]]
     cell, edge, top = cell[top >= 0], edge[top >= 0], top[top >= 0]
-    fans = torch.stack((top, ids[cell, edge], ids[cell, table.after[variant[cell], edge]]), 1).long()
-    faces += _turn_edges(torch.cat((vertices, added)), fans)
-    return added, torch.cat(faces)
+    return faces, torch.stack((top, ids[cell, edge], ids[cell, table.after[variant[cell], edge]]), 1)
 
 
 def _meeting_points(vertices: Tensor, normals: Tensor, ids: Tensor, loop: Tensor, fan: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,8 +146,8 @@ def _meeting_points(vertices: Tensor, normals: Tensor, ids: Tensor, loop: Tensor
 
 def _turn_edges(vertices: Tensor, fans: Tensor) -> list[Tensor]:
     """Triangles (point, a, b) of fans; where two share the edge a b, that edge gives way to one between their points."""
-    a, b = fans[:, 1:].amin(1), fans[:, 1:].amax(1)
-    key, order = torch.sort(a * len(vertices) + b, stable=True)
+    ends = fans[:, 1:].long()
+    key, order = torch.sort(ends.amin(1) * len(vertices) + ends.amax(1), stable=True)
     fans = fans[order]
     first = (key[1:] == key[:-1]).nonzero().flatten()
     f, p, q = fans[first].unbind(1)
@@ -150,7 +155,8 @@ def _turn_edges(vertices: Tensor, fans: Tensor) -> list[Tensor]:
     turned = torch.stack((torch.stack((f, p, g), 1), torch.stack((f, g, q), 1)))
     before = _normals(vertices, fans[first]) + _normals(vertices, fans[first + 1])
     upright = ((_normals(vertices, turned) * before).sum(-1) > 0).all(0)
-    _, pair, uses = torch.unique(torch.minimum(f, g) * len(vertices) + torch.maximum(f, g), return_inverse=True, return_counts=True)
+    both = torch.minimum(f, g).long() * len(vertices) + torch.maximum(f, g)
+    _, pair, uses = torch.unique(both, return_inverse=True, return_counts=True)
     turn = upright & (uses[pair] == 1)  # two such edges between the same points would be shared by four triangles
     kept = torch.ones(len(fans), dtype=torch.bool, device=fans.device)
     kept[first[turn]] = kept[first[turn] + 1] = False

@@ -42,10 +42,10 @@ def extract_mesh(
 
     coords [N,3] integer, unique, in [0, R), any order; values [N] float, negative inside. inside [L,512] bool (optional, as
     `Volume.inside`): signs of the children of the cells coords // 8 in lexicographic order, used where a child has no value.
-    sharp: values are distances / tau, and edges and corners inside a cell are found from them (`sharp_features`).
+    sharp: values are distances / tau, and edges inside cells are found from them (`sharp_features`).
     Returns vertices [V,3] float32, faces [F,3] int64 (counter-clockwise from outside) and a report, on the device of coords.
     A vertex lies where the values of its edge interpolate to 0, at least 1e-3 of the edge from either end (a few cells have one more in
-    their middle). ValueError for malformed input.
+    their middle; if sharp, every cell that bends has one). ValueError for malformed input.
     """
     if coords.device != values.device:
         raise ValueError(f"coords and values must share a device, got {coords.device=} {values.device=}")
@@ -68,7 +68,7 @@ class _Surface:
     edges: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # of each vertex, if sharp: from voxel, axis, way along it
     vertices: list[Tensor] = field(default_factory=list)
     faces: list[Tensor] = field(default_factory=list)
-    fans: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # cells with a vertex of their own: vertices [n,12], variants [n]
+    fans: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # cells that may get a vertex: vertices [n,12], variants [n]
     num_vertices: int = 0
     num_cells: int = 0
     counts: tuple[int, int, int] = (0, 0, 0)
@@ -181,9 +181,7 @@ class _Surface:
         self.faces.append(self.triangles_of(ids[~own], variant[~own]))
 
     def triangles_of(self, ids: Tensor, variant: Tensor) -> Tensor:
-        count = self.table.counts[variant]
-        cell = torch.arange(len(variant), device=ids.device).repeat_interleave(count)
-        slot = torch.arange(len(cell), device=ids.device) - (count.cumsum(0) - count)[cell]
+        cell, slot = self.table.triangles_of(variant)
         return ids[cell[:, None], self.table.triangles[variant[cell], slot]]
 
     def complete(self, cells: Tensor, corners: Tensor, ids: Tensor) -> None:
@@ -226,14 +224,13 @@ class _Surface:
         device = self.tiles.values.device
         vertices = torch.cat([torch.empty(0, 3, device=device), *self.vertices])
         self.vertices.clear()
-        if self.sharp and len(vertices):
-            points, axis, way = (torch.cat(x) for x in zip(*self.edges, strict=True))
-            normals, found = tangent_planes(self.tiles, points, axis, way, TAU * self.scale)
-            moved = found.clamp(_MARGIN, 1 - _MARGIN) - way
-            vertices.scatter_add_(1, axis[:, None], moved[:, None] / self.scale)
         if self.fans:
             ids, variant = (torch.cat(x) for x in zip(*self.fans, strict=True))
             if self.sharp:
+                points, axis, way = (torch.cat(x) for x in zip(*self.edges, strict=True))
+                normals, found = tangent_planes(self.tiles, points, axis, way, TAU * self.scale)
+                moved = found.clamp(_MARGIN, 1 - _MARGIN) - way
+                vertices.scatter_add_(1, axis[:, None], moved[:, None] / self.scale)
                 grid_points, faces = sharp_faces((vertices + 1) * self.scale, normals, ids, variant, self.table)
                 added = grid_points / self.scale - 1
             else:

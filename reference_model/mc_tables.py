@@ -44,6 +44,12 @@ class CaseTable(NamedTuple):
     loop_of: Tensor  # [variants,12] int64: the loop of each cell edge, -1 where it is not crossed
     after: Tensor  # [variants,12] int64: the next edge of the loop
 
+    def triangles_of(self, variant: Tensor) -> tuple[Tensor, Tensor]:
+        """Cells of the variants [n] → (cell, column of `triangles`) of each of their triangles, in order."""
+        count = self.counts[variant]
+        cell = torch.arange(len(variant), device=variant.device).repeat_interleave(count)
+        return cell, torch.arange(len(cell), device=variant.device) - (count.cumsum(0) - count)[cell]
+
 
 def _faces() -> Iterator[list[int]]:
     """The six faces as cycles of corners, counter-clockwise seen from outside the cell."""

@@ -19,10 +19,10 @@ class Optimizers:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], settings: TrainSettings):
-        wanted = [p for p in parameters if p.requires_grad]
-        matrices = [p for p in wanted if settings.optimizer == "muon" and p.ndim > 1 and min(p.shape[-2:]) >= _LEAST]
+        parameters = list(parameters)
+        matrices = [p for p in parameters if settings.optimizer == "muon" and p.ndim > 1 and min(p.shape[-2:]) >= _LEAST]
         chosen = set(map(id, matrices))
-        rest = [p for p in wanted if id(p) not in chosen]
+        rest = [p for p in parameters if id(p) not in chosen]
         self.flat = [(p, p.detach().flatten(0, -2)) for p in matrices]
         self.parts: list[torch.optim.Optimizer] = []
         if rest:
@@ -42,8 +42,8 @@ class Optimizers:
             part.step()
 
     def zero_grad(self) -> None:
-        for p, flat in self.flat:
-            p.grad = flat.grad = None
+        for p, _ in self.flat:
+            p.grad = None
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from reference_model.mc_tables import CaseTable
 from reference_model.tiles import Tiles
 
-LOOPS = 4  # of a cell, at most
+_LOOPS = 4  # of a cell, at most
 _BEND = 0.997  # cosine between a normal and the mean of its loop below which the loop gets a point: 4.4 degrees
 _REACH = 0.75  # voxel edges from the middle of the cell, along each axis: beyond it the planes do not meet in this cell
 _DAMPING = 0.05  # added to the squares: what no plane fixes stays in the middle of the loop
@@ -87,7 +87,7 @@ def sharp_faces(vertices: Tensor, normals: Tensor, ids: Tensor, variant: Tensor,
     count = len(vertices)
     for own, kind in zip(ids.split(_CHUNK), variant.split(_CHUNK), strict=True):
         place, x = _meeting_points(vertices, normals, own, table.loop_of[kind], table.fan[kind])
-        point = own.new_full((len(own) * LOOPS,), -1)
+        point = own.new_full((len(own) * _LOOPS,), -1)
         point[place] = torch.arange(count, count + len(x), dtype=own.dtype, device=own.device)
         points.append(x)
         count += len(x)
@@ -99,36 +99,37 @@ def sharp_faces(vertices: Tensor, normals: Tensor, ids: Tensor, variant: Tensor,
 
 
 def _draw(ids: Tensor, variant: Tensor, point: Tensor, table: CaseTable) -> tuple[Tensor, Tensor]:
-    """Triangles of loops without a point, and those (point, a, b) of the others; point [n * LOOPS], -1 = none."""
-    slots = table.counts[variant]
-    cell = torch.arange(len(ids), device=ids.device).repeat_interleave(slots)
-    slot = torch.arange(len(cell), device=ids.device) - (slots.cumsum(0) - slots)[cell]
-    plain = point[cell * LOOPS + table.piece[variant[cell], slot]] < 0
+    """Triangles of loops without a point, and those (point, a, b) of the others; point [n * _LOOPS], -1 = none."""
+    cell, slot = table.triangles_of(variant)
+    plain = point[cell * _LOOPS + table.piece[variant[cell], slot]] < 0
     cell, slot = cell[plain], slot[plain]
     faces = ids[cell[:, None], table.triangles[variant[cell], slot]]
     loop = table.loop_of[variant]
     cell, edge = (loop >= 0).nonzero().unbind(1)
-    top = point[cell * LOOPS + loop[cell, edge]]
+    top = point[cell * _LOOPS + loop[cell, edge]]
     cell, edge, top = cell[top >= 0], edge[top >= 0], top[top >= 0]
     return faces, torch.stack((top, ids[cell, edge], ids[cell, table.after[variant[cell], edge]]), 1)
 
 
 def _meeting_points(vertices: Tensor, normals: Tensor, ids: Tensor, loop: Tensor, fan: Tensor) -> tuple[Tensor, Tensor]:
-    """(cell * LOOPS + loop, point where its tangent planes meet) of the loops that bend, in order; the middle of other `fan`s."""
+    """(cell * _LOOPS + loop, point where its tangent planes meet) of the loops that bend, in order; the middle of other `fan`s.
+
+    A normal of 0 bends a loop too: where distances say nothing its planes, or its middle if there are none, stand for the surface.
+    """
     cell, edge = (loop >= 0).nonzero().unbind(1)
-    number = cell * LOOPS + loop[cell, edge]
-    always = torch.zeros(len(ids) * LOOPS, dtype=torch.bool, device=ids.device).index_fill_(0, number[fan[cell, edge]], True)
+    number = cell * _LOOPS + loop[cell, edge]
+    always = torch.zeros(len(ids) * _LOOPS, dtype=torch.bool, device=ids.device).index_fill_(0, number[fan[cell, edge]], True)
     vertex = ids[cell, edge].long()
     position, normal = vertices[vertex], normals[vertex]
 
     def total(x: Tensor) -> Tensor:
-        return x.new_zeros(len(ids) * LOOPS, *x.shape[1:]).index_add_(0, number, x)
+        return x.new_zeros(len(ids) * _LOOPS, *x.shape[1:]).index_add_(0, number, x)
 
     size = total(torch.ones_like(position[:, :1])).clamp(min=1)
     middle = total(position) / size
     mean = torch.nn.functional.normalize(total(normal), dim=1)
     cosine = (normal * mean[number]).sum(1)
-    least = torch.ones(len(ids) * LOOPS, device=ids.device).scatter_reduce_(0, number, cosine, "amin")
+    least = torch.ones(len(ids) * _LOOPS, device=ids.device).scatter_reduce_(0, number, cosine, "amin")
     wanted = (least < _BEND) | always
     bent, chosen = wanted.nonzero().flatten(), wanted[number]
     number, normal, position = number[chosen], normal[chosen], position[chosen]

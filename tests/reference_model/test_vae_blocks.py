@@ -29,7 +29,6 @@ def close(a, b, bound=2e-5):
 
 @pytest.mark.parametrize("channels", [32, 64, 12])
 def test_group_norm_is_per_sample(channels):
-    torch.manual_seed(channels)
     sizes = [5, 0, 300, 2]
     x = torch.randn(sum(sizes), channels) * 3 + torch.arange(channels)
     norm = stirred(GroupNormSiLU(channels))
@@ -127,7 +126,6 @@ def test_down_block(pooling):
 
 def test_learned_pooling_tells_the_sides_of_a_surface_apart():
     """Two layers of voxels in one layer of cells, seen from either side: means are equal, learned poolings are not."""
-    torch.manual_seed(0)
     children = torch.tensor([0.1, -0.9]).repeat_interleave(4)[None, :, None] * torch.randn(6)
     mask = torch.ones(1, 8, dtype=torch.bool)
     for pooling in POOLINGS:

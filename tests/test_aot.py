@@ -22,6 +22,7 @@ from ssa import functional
 from ssa.kernels import (
     block_mean,
     block_topk,
+    common,
     gated_sum,
     group_norm_silu,
     position_table,
@@ -29,10 +30,12 @@ from ssa.kernels import (
     submanifold_conv3d,
     varlen_attention,
 )
+from ssa.kernels.launch import Launcher
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
 FILES = [
-    block_mean, block_topk, gated_sum, group_norm_silu, position_table, selected_attention, submanifold_conv3d, varlen_attention,
+    block_mean, block_topk, common, gated_sum, group_norm_silu, position_table, selected_attention, submanifold_conv3d,
+    varlen_attention,
 ]  # fmt: skip
 TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -42,11 +45,11 @@ def launches(head_dim: int, dtype: torch.dtype) -> list[tuple[JITFunction, dict]
     """(kernel, arguments by name) of everything a forward and backward of all operations starts for this head size."""
     recorded = []
 
-    def record(self, *args, grid, warmup, **kwargs):
-        recorded.append((self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}))
+    def record(self, grid, *args, **kwargs):
+        recorded.append((self.function, {**dict(zip(self.function.arg_names, args, strict=False)), **kwargs}))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", record)
+        patch.setattr(Launcher, "_launch", record)
         patch.setattr(functional, "_choose", lambda impl, x: "triton")
         for shift, m_cmp in ((0, 4), (4, 1)):  # windows of the blocks; windows of their own and many compression blocks a sample
             coords = random_coords([1000], edge=16, low=0).cpu()
@@ -90,7 +93,7 @@ def source(kernel: JITFunction, arguments: dict) -> tuple[tuple, dict]:
 def compile_for(module: str, name: str, parts: tuple, options: dict, capability: int) -> tuple[str, int]:
     """Compiles one kernel → (its PTX without the target and comments, bytes of shared memory)."""
     signature, constants, aligned = parts
-    kernel = getattr(__import__(f"ssa.kernels.{module}", fromlist=[name]), name)
+    kernel = getattr(__import__(f"ssa.kernels.{module}", fromlist=[name]), name).function
     compiled = triton.compile(
         ASTSource(kernel, dict(signature), {(i,): c for i, c in constants}, {(i,): [["tt.divisibility", 16]] for i in aligned}),
         target=GPUTarget("cuda", capability, 32),
@@ -108,7 +111,7 @@ def jobs(head_dim: int, dtype: torch.dtype) -> set[tuple]:
 
 
 def kernels_of(file) -> set[str]:
-    return {x.__name__ for x in vars(file).values() if isinstance(x, JITFunction) and x.__name__.endswith("_kernel")}
+    return {name for name, x in vars(file).items() if isinstance(x, Launcher)}
 
 
 def test_the_recorder_sees_every_kernel():

@@ -197,3 +197,21 @@ if IMPL == "triton":
         (dq,) = torch.autograd.grad(fn(*leaves).sum(), leaves[0], create_graph=True)
         with pytest.raises(RuntimeError, match="second-order gradients are not supported"):
             torch.autograd.grad(dq.sum(), leaves)
+
+    def test_number_of_launches(monkeypatch):
+        """Eleven forward, eleven backward: few enough for small inputs, whatever the samples and windows."""
+        from ssa.kernels import block_topk, common, gated_sum, selected_attention, varlen_attention
+
+        count = []
+        for module in (block_topk, common, gated_sum, selected_attention, varlen_attention):
+            for name in [n for n in vars(module) if n.endswith("_kernel")]:
+                kernel = getattr(module, name)
+                counting = type("Counting", (), {"__getitem__": lambda self, grid, k=kernel: count.append(1) or k[grid]})()
+                monkeypatch.setattr(module, name, counting)
+        _, _, inputs = problem(partition := random_partition([20, 0, 7], shift=1), 2)
+        count.clear()
+        leaves = [x.requires_grad_() for x in inputs]
+        o = ssa.spatial_sparse_attention(*leaves, partition, topk=2, impl=IMPL)
+        assert len(count) == 11
+        o.sum().backward()
+        assert len(count) == 22

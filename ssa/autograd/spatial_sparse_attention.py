@@ -7,11 +7,11 @@ what lies there. Outputs after o are what the backward needs; they have no gradi
 import torch
 from torch import Tensor
 
-from ..kernels.block_topk import block_topk
-from ..kernels.common import lse_dtype
+from ..kernels.block_topk import block_topk, topk_map
+from ..kernels.common import lse_dtype, tile_maps
 from ..kernels.gated_sum import gated_sum_backward, gated_sum_forward
 from ..kernels.selected_attention import invert, selected_attention_backward, selected_attention_forward
-from ..kernels.varlen_attention import varlen_attention_backward, varlen_attention_forward
+from ..kernels.varlen_attention import forward_map, varlen_attention_backward, varlen_attention_forward
 from .common import first_order_only, operator
 from .selected_attention import fake_inverse_map, queries_per_chunk
 
@@ -23,15 +23,20 @@ def spatial_sparse_attention(
     window_index: Tensor | None, topk: int, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, k_cmp, v_cmp, gates = (x.contiguous() for x in (q, k, v, k_cmp, v_cmp, gates))
-    o_cmp, lse_cmp = varlen_attention_forward(q, k_cmp, v_cmp, cu_seqlens, cu_compression, None, softmax_scale)
+    tiles_cmp, tiles_topk, tiles_win = tile_maps(
+        forward_map(q, k_cmp, cu_seqlens, cu_compression), topk_map(q, k_cmp, cu_seqlens), forward_map(q, k, cu_window, cu_window)
+    )
+    o_cmp, lse_cmp = varlen_attention_forward(q, k_cmp, v_cmp, cu_seqlens, cu_compression, None, softmax_scale, tiles=tiles_cmp)
     if topk_indices is None:
-        topk_indices = block_topk(q, k_cmp, lse_cmp, cu_seqlens, cu_selection, child_offsets, fill_order, topk, softmax_scale)
+        topk_indices = block_topk(
+            q, k_cmp, lse_cmp, cu_seqlens, cu_selection, child_offsets, fill_order, topk, softmax_scale, tiles=tiles_topk
+        )
     else:
         topk_indices = topk_indices.clone(memory_format=torch.contiguous_format)
     chunk = queries_per_chunk(q, topk_indices)
     csr = invert(topk_indices, offsets.shape[0] - 1, chunk)
     o_slc, lse_slc = selected_attention_forward(q, k, v, topk_indices, offsets, *csr[1:], chunk, softmax_scale)
-    o_win, lse_win = varlen_attention_forward(q, k, v, cu_window, cu_window, window_index, softmax_scale)
+    o_win, lse_win = varlen_attention_forward(q, k, v, cu_window, cu_window, window_index, softmax_scale, tiles=tiles_win)
     o = gated_sum_forward(o_cmp, o_slc, o_win, gates)
     return o, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, topk_indices, *csr
 

@@ -14,11 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import cdiv, launcher, next_power_of_2
+
 
 def _config(features: int) -> dict[str, int]:
-    return dict(BLOCK_T=16, BLOCK_F=min(triton.next_power_of_2(features), 128), num_warps=1)
+    return dict(BLOCK_T=16, BLOCK_F=min(next_power_of_2(features), 128), num_warps=1)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tokens", "extra"])
 def _forward_kernel(
     x_ptr,  # [T, F]
@@ -58,6 +61,7 @@ def _forward_kernel(
     tl.store(y_ptr + block * features + cols, y.to(y_ptr.dtype.element_ty), mask=col_mask)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tokens", "extra"])
 def _backward_kernel(
     dy_ptr,  # [n, F]
@@ -98,7 +102,7 @@ def block_mean_forward(
     y = x.new_empty(num_blocks, features)
     if y.numel():
         config = _config(features)
-        _forward_kernel[(num_blocks * triton.cdiv(features, config["BLOCK_F"]),)](
+        _forward_kernel[(num_blocks * cdiv(features, config["BLOCK_F"]),)](
             x.contiguous(),
             offsets,
             offsets if index is None else index,
@@ -122,7 +126,7 @@ def block_mean_backward(dy: Tensor, offsets: Tensor, index: Tensor | None, num_t
     dx = dy.new_empty(num_tokens, features)
     if dx.numel():
         config = _config(features)
-        _backward_kernel[(num_blocks * triton.cdiv(features, config["BLOCK_F"]),)](
+        _backward_kernel[(num_blocks * cdiv(features, config["BLOCK_F"]),)](
             dy.contiguous(), offsets, offsets if index is None else index, dx, features, num_tokens, extra, HAS_INDEX=index is not None,
             **config,
         )  # fmt: skip

@@ -15,17 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launcher, cdiv, launcher, next_power_of_2
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.925963033500e-8)  # what fp32 leaves out of it
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["num_segments", "num_tiles", "steps"])
-def _tile_map_kernel(cu_ptr, starts_ptr, out_ptr, num_segments, num_tiles, steps, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr):
-    chunk = tl.program_id(1)
-    cu_ptr += chunk * num_segments
-    starts_ptr += chunk * num_segments
-    out_ptr += chunk * num_tiles * 3
+@triton.jit
+def _write_tiles(cu_ptr, starts_ptr, out_ptr, num_segments, num_tiles, steps, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr):
     base = tl.load(cu_ptr)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     lo = tl.zeros([BLOCK], tl.int32)
@@ -35,29 +33,55 @@ def _tile_map_kernel(cu_ptr, starts_ptr, out_ptr, num_segments, num_tiles, steps
         below = (tl.load(cu_ptr + mid) - base) // BLOCK_Q + mid <= tile
         lo = tl.where(below, mid, lo)
         hi = tl.where(below, hi, mid)
+    real = tile < num_tiles
     start = tl.load(cu_ptr + lo)
     before = (tile - ((start - base) // BLOCK_Q + lo)) * BLOCK_Q
-    count = tl.minimum(tl.maximum(tl.load(cu_ptr + lo + 1) - start - before, 0), BLOCK_Q)
-    real = tile < num_tiles
+    end = tl.load(cu_ptr + lo + 1, mask=real, other=0)
     tl.store(out_ptr + tile, lo, mask=real)
-    tl.store(out_ptr + num_tiles + tile, tl.load(starts_ptr + lo) + before, mask=real)
-    tl.store(out_ptr + 2 * num_tiles + tile, count, mask=real)
+    tl.store(out_ptr + num_tiles + tile, tl.load(starts_ptr + lo, mask=real, other=0) + before, mask=real)
+    tl.store(out_ptr + 2 * num_tiles + tile, tl.minimum(tl.maximum(end - start - before, 0), BLOCK_Q), mask=real)
 
 
-def tile_map(cu: Tensor, total: int, block_q: int, chunks: int = 1, starts: Tensor | None = None) -> Tensor:
-    """(segment of the chunk, first position, number of positions) of every tile: [chunks, 3, tiles] int32.
+@launcher
+@triton.jit(do_not_specialize=["num_a", "num_b", "num_c", "tiles_a", "tiles_b", "tiles_c", "starts", "steps", "chunks"])
+def _tile_maps_kernel(
+    cu_a_ptr, cu_b_ptr, cu_c_ptr, out_a_ptr, out_b_ptr, out_c_ptr, num_a, num_b, num_c, tiles_a, tiles_b, tiles_c, starts, steps,
+    chunks, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1)
+    if row < chunks:
+        at = row * num_a
+        _write_tiles(cu_a_ptr + at, cu_a_ptr + starts + at, out_a_ptr + row * tiles_a * 3, num_a, tiles_a, steps, BLOCK_A, BLOCK)
+    elif row == chunks:
+        if BLOCK_B > 0:
+            _write_tiles(cu_b_ptr, cu_b_ptr, out_b_ptr, num_b, tiles_b, steps, BLOCK_B, BLOCK)
+    else:
+        if BLOCK_C > 0:
+            _write_tiles(cu_c_ptr, cu_c_ptr, out_c_ptr, num_c, tiles_c, steps, BLOCK_C, BLOCK)
 
-    cu [chunks · n + 1] int32: running size of the n segments of every chunk; no chunk holds more than `total` positions.
-    starts [chunks · n]: where the segments begin, if not at cu.
+
+def tile_maps(*maps: tuple[Tensor, int, int], chunks: int = 1) -> list[Tensor]:
+    """(segment, first position, number of positions) of every tile, [chunks, 3, tiles] int32, of one to three maps in one launch.
+
+    maps: (cu, total, block_q); cu [n + 1] int32: running size of the n segments, which hold at most `total` positions.
+    The first map's segments may come in chunks of n, each numbered by itself and of at most `total` positions: cu [2, chunks · n + 1],
+    running sizes over all chunks and where each segment begins.
     """
-    n = (cu.shape[0] - 1) // chunks
-    num_tiles = total // block_q + n if n else 0
-    out = torch.empty(chunks, 3, num_tiles, dtype=torch.int32, device=cu.device)
-    if num_tiles:
-        grid = (triton.cdiv(num_tiles, 256), chunks)
-        starts = cu if starts is None else starts
-        _tile_map_kernel[grid](cu, starts, out, n, num_tiles, n.bit_length(), BLOCK_Q=block_q, BLOCK=256, num_warps=2)
-    return out
+    outs: list[Tensor] = []
+    slots: list[tuple] = []
+    for cu, total, block_q in maps:
+        rows = 1 if outs else chunks
+        n = (cu.shape[-1] - 1) // rows
+        num_tiles = total // block_q + n if n else 0
+        outs.append(torch.empty((rows, 3, num_tiles), dtype=torch.int32, device=cu.device))
+        slots.append((cu, outs[-1], n, num_tiles, block_q))
+    cus, to, nums, sizes, (a, b, c) = zip(*slots, *[(None, None, 0, 0, 0)] * (3 - len(maps)), strict=True)
+    if any(sizes):
+        starts = cus[0].shape[1] if cus[0].ndim == 2 else 0
+        _tile_maps_kernel[(cdiv(max(sizes), 256), chunks + len(maps) - 1)](
+            *cus, *to, *nums, *sizes, starts, max(nums).bit_length(), chunks, BLOCK_A=a, BLOCK_B=b, BLOCK_C=c, BLOCK=256, num_warps=2
+        )
+    return outs
 
 
 @triton.jit
@@ -96,14 +120,16 @@ def precision(x: Tensor) -> str:
 
 def lse_dtype(x: Tensor) -> torch.dtype:
     """Of lse and delta behind the door, whose rounding is an error of a whole row: fp64 beside fp32 where the chip multiplies fp64 fast."""
+    if x.dtype != torch.float32:
+        return torch.float32
     fast = not x.is_cuda or torch.cuda.get_device_capability(x.device) in ((8, 0), (9, 0))
-    return torch.float64 if x.dtype == torch.float32 and fast else torch.float32
+    return torch.float64 if fast else torch.float32
 
 
 def block_d(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def interpreted() -> bool:
     """Whether these kernels were defined under Triton's interpreter, which runs them on CPU tensors."""
-    return not isinstance(_tile_map_kernel, triton.JITFunction)
+    return not isinstance(_tile_maps_kernel, Launcher)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .common import block_d, lse_dtype
 from .inner import wide
+from .launch import launcher, next_power_of_2
 
 
 @triton.jit
@@ -32,6 +33,7 @@ def _gate(gates_ptr, t, h, branch: tl.constexpr, HQ: tl.constexpr, PER_HEAD: tl.
     return tl.load(gates_ptr + t * 3 + branch + h * 0).to(tl.float32)
 
 
+@launcher
 @triton.jit
 def _fwd_kernel(
     o_cmp_ptr, o_slc_ptr, o_win_ptr, gates_ptr, o_ptr, HQ: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -61,6 +63,7 @@ def _bwd_branch(
         tl.store(dgates_ptr + t * 3 + branch, tl.sum(dg, 0).to(dgates_ptr.dtype.element_ty))
 
 
+@launcher
 @triton.jit
 def _bwd_kernel(
     do_ptr, o_cmp_ptr, o_slc_ptr, o_win_ptr, gates_ptr, do_cmp_ptr, do_slc_ptr, do_win_ptr, delta_cmp_ptr, delta_slc_ptr, delta_win_ptr,
@@ -93,4 +96,4 @@ def gated_sum_backward(do: Tensor, branches: list[Tensor], gates: Tensor) -> tup
 
 def _sizes(o: Tensor, gates: Tensor) -> dict:
     hq, d = o.shape[1:]
-    return dict(HQ=hq, D=d, BLOCK_H=triton.next_power_of_2(hq), BLOCK_D=block_d(d), PER_HEAD=gates.ndim == 3, num_warps=4)
+    return dict(HQ=hq, D=d, BLOCK_H=next_power_of_2(hq), BLOCK_D=block_d(d), PER_HEAD=gates.ndim == 3, num_warps=4)

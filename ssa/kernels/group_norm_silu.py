@@ -20,14 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import cdiv, launcher, next_power_of_2
+
 
 def _config(features: int) -> dict[str, int]:
-    return dict(BLOCK_T=64, BLOCK_F=min(max(triton.next_power_of_2(features), 16), 64), num_warps=4)
+    return dict(BLOCK_T=64, BLOCK_F=min(max(next_power_of_2(features), 16), 64), num_warps=4)
 
 
 def _config_join(per_group: int) -> dict[str, int]:
     """A program joins BLOCK_N tiles at a time for BLOCK_G groups of BLOCK_C channels."""
-    block_c = triton.next_power_of_2(per_group)
+    block_c = next_power_of_2(per_group)
     block_g = max(1, 16 // block_c)
     return dict(BLOCK_N=2048 // (block_g * block_c), BLOCK_G=block_g, BLOCK_C=block_c, num_warps=4)
 
@@ -84,6 +86,7 @@ def _over_group(x, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
     return tl.reshape(tl.broadcast_to(total[:, None], [BLOCK_G, BLOCK_C]), [BLOCK_G * BLOCK_C])
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_samples", "tile_rows", "steps"])
 def _moments_kernel(
     x_ptr,  # [N, F]
@@ -118,6 +121,7 @@ def _moments_kernel(
     tl.store(at + features, squares, mask=cols < features)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_samples", "tile_rows"])
 def _statistics_kernel(
     partial_ptr,  # [tiles, 2, F] fp32
@@ -164,6 +168,7 @@ def _statistics_kernel(
     tl.store(at + num_samples.to(tl.int64) * groups, rstd, mask=once)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_samples", "tile_rows", "steps"])
 def _forward_kernel(
     x_ptr,  # [N, F]
@@ -204,6 +209,7 @@ def _normal_and_dz(x_ptr, dy_ptr, rows, cols, mask, features, mean, rstd, weight
     return normal, _load(dy_ptr, rows, cols, mask, features) * sigmoid * (1 + z - z * sigmoid)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_samples", "tile_rows", "steps"])
 def _sums_kernel(
     dy_ptr,  # [N, F]
@@ -242,6 +248,7 @@ def _sums_kernel(
     tl.store(at + features, sum_dzn, mask=col_mask)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_samples", "tile_rows", "num_tiles"])
 def _join_kernel(
     partial_ptr,  # [tiles, 2, F] fp32
@@ -290,6 +297,7 @@ def _join_kernel(
         tl.store(at + num_samples.to(tl.int64) * groups, _over_group(weight * sum_dzn, BLOCK_G, BLOCK_C) / size, mask=once)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_samples", "tile_rows", "steps"])
 def _backward_kernel(
     dy_ptr,  # [N, F]
@@ -327,7 +335,7 @@ def _backward_kernel(
 def _tiling(num_rows: int, num_samples: int, block_t: int) -> tuple[int, int, int]:
     """Rows of a tile, number of tiles, steps of the search for a tile's sample."""
     # about 500 tiles fill any chip of today and are joined in a few steps
-    tile_rows = block_t * max(1, triton.cdiv(num_rows, 512 * block_t))
+    tile_rows = block_t * max(1, cdiv(num_rows, 512 * block_t))
     return tile_rows, num_rows // tile_rows + num_samples, num_samples.bit_length()
 
 
@@ -344,9 +352,9 @@ def group_norm_silu_forward(
     config, join = _config(features), _config_join(per_group)
     tile_rows, num_tiles, steps = _tiling(num_rows, num_samples, config["BLOCK_T"])
     partial = torch.empty(num_tiles, 2, features, dtype=torch.float32, device=x.device)
-    grid = (num_tiles * triton.cdiv(features, config["BLOCK_F"]),)
+    grid = (num_tiles * cdiv(features, config["BLOCK_F"]),)
     _moments_kernel[grid](x, cu_seqlens, partial, num_samples, tile_rows, steps, features, **config)
-    _statistics_kernel[(num_samples * triton.cdiv(num_groups, join["BLOCK_G"]),)](
+    _statistics_kernel[(num_samples * cdiv(num_groups, join["BLOCK_G"]),)](
         partial, cu_seqlens, stats, num_samples, tile_rows, num_groups, eps, PER_GROUP=per_group, **join
     )
     _forward_kernel[grid](
@@ -371,11 +379,11 @@ def group_norm_silu_backward(
     tile_rows, num_tiles, steps = _tiling(num_rows, num_samples, config["BLOCK_T"])
     partial = torch.empty(num_tiles, 2, features, dtype=torch.float32, device=x.device)
     means = torch.empty_like(stats)
-    grid = (num_tiles * triton.cdiv(features, config["BLOCK_F"]),)
+    grid = (num_tiles * cdiv(features, config["BLOCK_F"]),)
     _sums_kernel[grid](
         dy, x, weight, bias, cu_seqlens, stats, partial, num_samples, tile_rows, steps, num_groups, PER_GROUP=per_group, **config
     )
-    _join_kernel[((num_samples + 1) * triton.cdiv(num_groups, join["BLOCK_G"]),)](
+    _join_kernel[((num_samples + 1) * cdiv(num_groups, join["BLOCK_G"]),)](
         partial, weight, cu_seqlens, means, dweight, dbias, num_samples, tile_rows, num_tiles, num_groups, PER_GROUP=per_group, **join
     )
     _backward_kernel[grid](

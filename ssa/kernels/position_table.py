@@ -16,12 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import precision
+from .launch import cdiv, launcher, next_power_of_2
 
 
 def _config(features: int) -> dict[str, int]:
-    return dict(BLOCK_T=64, BLOCK_F=min(max(triton.next_power_of_2(features), 16), 64), num_warps=4)
+    return dict(BLOCK_T=64, BLOCK_F=min(max(next_power_of_2(features), 16), 64), num_warps=4)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tokens"])
 def _add_kernel(
     x_ptr,  # [T, F]
@@ -46,6 +48,7 @@ def _add_kernel(
     tl.store(y_ptr + at, x.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tokens", "rows_per_split"])
 def _table_kernel(
     dy_ptr,  # [T, F]
@@ -87,7 +90,7 @@ def add_position_forward(x: Tensor, table: Tensor, slots: Tensor) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel():
         config = _config(features)
-        grid = (triton.cdiv(num_tokens, config["BLOCK_T"]) * triton.cdiv(features, config["BLOCK_F"]),)
+        grid = (cdiv(num_tokens, config["BLOCK_T"]) * cdiv(features, config["BLOCK_F"]),)
         _add_kernel[grid](x.contiguous(), table.contiguous(), slots.contiguous(), y, num_tokens, features, **config)
     return y
 
@@ -96,11 +99,11 @@ def table_gradient(dy: Tensor, slots: Tensor, num_slots: int) -> Tensor:
     """dy [T, F], slots [T] int32 → [P, F] fp32: the sum of dy over the rows of each slot."""
     num_tokens, features = dy.shape
     config = _config(features)
-    block_p = min(max(triton.next_power_of_2(num_slots), 16), 64)
-    tiles = triton.cdiv(num_slots, block_p) * triton.cdiv(features, config["BLOCK_F"])
+    block_p = min(max(next_power_of_2(num_slots), 16), 64)
+    tiles = cdiv(num_slots, block_p) * cdiv(features, config["BLOCK_F"])
     # a few hundred programs fill the chip; a split of fewer than four tiles is not worth its partial sum
-    splits = max(1, min(triton.cdiv(512, tiles), num_tokens // (4 * config["BLOCK_T"])))
-    rows_per_split = triton.cdiv(triton.cdiv(num_tokens, splits), config["BLOCK_T"]) * config["BLOCK_T"]
+    splits = max(1, min(cdiv(512, tiles), num_tokens // (4 * config["BLOCK_T"])))
+    rows_per_split = cdiv(cdiv(num_tokens, splits), config["BLOCK_T"]) * config["BLOCK_T"]
     partial = torch.empty(splits, num_slots, features, dtype=torch.float32, device=dy.device)
     if partial.numel():
         _table_kernel[(splits * tiles,)](

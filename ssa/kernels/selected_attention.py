@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_map
+from .common import block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
 from .inner import dq_keys, forward_rows, packed_rows
+from .launch import cdiv, launcher
 from .varlen_attention import largest_norm, launch_dkv
 
 SCRATCH = 160 * 2**20
@@ -41,27 +42,62 @@ def chunk_queries(num_heads: int, head_dim: int, topk: int, itemsize: int) -> in
     return max(1, SCRATCH // (num_heads * topk * (head_dim * itemsize + 4)))
 
 
+@launcher
+@triton.jit(do_not_specialize=["num_entries", "num_blocks"])
+def _bucket_kernel(ids_ptr, bucket_ptr, num_entries, num_blocks, TOPK: tl.constexpr, HKV: tl.constexpr, BLOCK: tl.constexpr):
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.load(ids_ptr + entry, mask=entry < num_entries, other=-1)
+    bucket = tl.where(block >= 0, entry // TOPK % HKV * num_blocks + block, HKV * num_blocks)
+    tl.store(bucket_ptr + entry, bucket, mask=entry < num_entries)
+
+
+@launcher
+@triton.jit(do_not_specialize=["num_entries", "num_buckets", "steps"])
+def _csr_kernel(
+    bucket_ptr, entries_ptr, offsets_ptr, indices_ptr, chunks_ptr, num_entries, num_buckets, steps, BLOCK: tl.constexpr
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(indices_ptr + i, tl.load(entries_ptr + i, mask=i < num_entries, other=0).to(tl.int32), mask=i < num_entries)
+    if tl.program_id(0) * BLOCK <= num_buckets:
+        lo = tl.zeros([BLOCK], tl.int32)
+        hi = tl.zeros([BLOCK], tl.int32) + num_entries
+        for _ in range(steps):  # how many entries lie before bucket i
+            mid = lo + (hi - lo) // 2
+            below = tl.load(bucket_ptr + mid, mask=lo < hi, other=0) < i
+            lo = tl.where(below & (lo < hi), mid + 1, lo)
+            hi = tl.where(below, hi, mid)
+        tl.store(offsets_ptr + i, lo, mask=i <= num_buckets)
+        tl.store(chunks_ptr + i, lo, mask=i <= num_buckets)  # of a single chunk
+        tl.store(chunks_ptr + (num_buckets + 1) + i, lo, mask=i <= num_buckets)
+
+
 def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse map: csr_offsets [Hkv · S + 1], csr_indices [T · Hkv · topk] and chunks, all int32, by one stable sort."""
     t, hkv, topk = topk_indices.shape
-    n, num_chunks, device = hkv * num_blocks, triton.cdiv(t, chunk), topk_indices.device
-    step = max(1, num_blocks)
-    head = torch.arange(0, hkv * step, step, device=device, dtype=torch.int32)[:, None]
-    bucket = torch.where(topk_indices >= 0, topk_indices + head, n)
-    bucket, entries = torch.sort(bucket.flatten(), stable=True)
-    offsets = torch.searchsorted(bucket, torch.arange(n + 1, device=device, dtype=torch.int32), out_int32=True)
-    if num_chunks <= 1:
-        return offsets, entries.int(), torch.stack([offsets, offsets])[:, : num_chunks * n + 1]
-    # entries of a bucket ascend, so (bucket, entry) pairs do too: a chunk's share of a bucket begins at the pair (bucket, its first entry)
-    first = torch.arange(num_chunks + 1, device=device)[:, None] * (chunk * hkv * topk)
-    pair = torch.arange(n, device=device) * 2**32 + first
-    share = torch.searchsorted(bucket.long() * 2**32 + entries, pair, out_int32=True)  # [chunks + 1, n]
-    share[-1] = offsets[1:]
-    size = torch.diff(share, dim=0).flatten().cumsum(0, dtype=torch.int32)
-    chunks = torch.stack([torch.nn.functional.pad(size, (1, 0)), share.flatten()[: num_chunks * n + 1]])
-    return offsets, entries.int(), chunks
+    m, n, num_chunks, device = t * hkv * topk, hkv * num_blocks, cdiv(t, chunk), topk_indices.device
+    if t == 0:
+        zeros = topk_indices.new_zeros
+        return zeros(n + 1), zeros(0), zeros(2, 1)
+    bucket, offsets, indices, chunks = (
+        torch.empty(shape, dtype=torch.int32, device=device) for shape in ((m,), (n + 1,), (m,), (2, n + 1))
+    )
+    _bucket_kernel[(cdiv(m, 1024),)](topk_indices, bucket, m, num_blocks, TOPK=topk, HKV=hkv, BLOCK=1024, num_warps=4)
+    bucket, entries = torch.sort(bucket, stable=True)
+    _csr_kernel[(cdiv(max(m, n + 1), 256),)](
+        bucket, entries, offsets, indices, chunks, m, n, m.bit_length(), BLOCK=256, num_warps=4
+    )
+    if num_chunks > 1:
+        # (bucket, entry) pairs ascend: a chunk's share of a bucket begins at (bucket, first entry of the chunk)
+        first = torch.arange(num_chunks + 1, device=device)[:, None] * (chunk * hkv * topk)
+        pair = torch.arange(n, device=device) * 2**32 + first
+        share = torch.searchsorted(bucket.long() * 2**32 + entries, pair, out_int32=True)  # [chunks + 1, n]
+        share[-1] = offsets[1:]
+        size = torch.diff(share, dim=0).flatten().cumsum(0, dtype=torch.int32)
+        chunks = torch.stack([torch.nn.functional.pad(size, (1, 0)), share.flatten()[: num_chunks * n + 1]])
+    return offsets, indices, chunks
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, k_norm_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
@@ -93,6 +129,7 @@ def _partial_rows(entries_ptr, first, valid, entry0, G: tl.constexpr, BLOCK_M: t
     return (tl.load(entries_ptr + first + r // G, mask=valid, other=0) - entry0).to(tl.int64) * G + r % G
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_rows", "row0", "topk"])
 def _combine_kernel(
     part_ptr, part_lse_ptr, ids_ptr, o_ptr, lse_ptr, num_rows, row0, topk, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -121,6 +158,7 @@ def _combine_kernel(
     tl.store(lse_ptr + row0 + local, tl.where(empty, -float("inf"), m_i + tl.log(l_i)), mask=valid)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
@@ -142,6 +180,7 @@ def _dq_kernel(
         store_rows(part_ptr, out * D, dq, valid, D, BLOCK_D)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_rows", "row0", "topk"])
 def _sum_slots_kernel(
     part_ptr, ids_ptr, dq_ptr, num_rows, row0, topk, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -170,16 +209,16 @@ def selected_attention_forward(
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
     k_norm = largest_norm(k)
-    tiles = tile_map(chunks[0], min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, triton.cdiv(t, chunk), chunks[1])
+    (tiles,) = tile_maps((chunks, min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq), chunks=cdiv(t, chunk))
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(min(chunk, t) * hq * topk, dtype=lse.dtype, device=q.device)
-    for c, tiles_c in enumerate(tiles):
+    for c in range(tiles.shape[0]):
         n = min(chunk, t - c * chunk)
         _fwd_kernel[(tiles.shape[2],)](
-            q, k, v, part, part_lse, k_norm, offsets, csr_indices, tiles_c, tiles.shape[2], scale, num_blocks,
+            q, k, v, part, part_lse, k_norm, offsets, csr_indices, tiles[c], tiles.shape[2], scale, num_blocks,
             c * chunk * hkv * topk, BOUNDED=k_norm is not None, **sizes, **config,
         )  # fmt: skip
-        grid = (triton.cdiv(n * hq, 64),)
+        grid = (cdiv(n * hq, 64),)
         _combine_kernel[grid](
             part, part_lse, topk_indices, o, lse, n * hq, c * chunk * hq, topk, G=hq // hkv, D=d, BLOCK_D=block_d(d), BLOCK_M=64
         )
@@ -197,21 +236,21 @@ def selected_attention_backward(
     if t == 0:
         return dq, torch.empty_like(k), torch.empty_like(v)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
-    config = configs[0] or _config("dq", d, q.dtype)
-    tiles = tile_map(chunks[0], min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq, triton.cdiv(t, chunk), chunks[1])
+    config, config_k = configs[0] or _config("dq", d, q.dtype), configs[1] or _config("dkv", d, q.dtype)
+    of_queries = chunks, min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq
+    tiles, tiles_k = tile_maps(of_queries, (offsets, t, config_k["BLOCK_N"]), chunks=cdiv(t, chunk))
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
-    for c, tiles_c in enumerate(tiles):
+    for c in range(tiles.shape[0]):
         n = min(chunk, t - c * chunk)
         _dq_kernel[(tiles.shape[2],)](
-            q, k, v, do, lse, delta, part, offsets, csr_indices, tiles_c, tiles.shape[2], scale, num_blocks, c * chunk * hkv * topk,
+            q, k, v, do, lse, delta, part, offsets, csr_indices, tiles[c], tiles.shape[2], scale, num_blocks, c * chunk * hkv * topk,
             **sizes, **config,
         )  # fmt: skip
-        grid = (triton.cdiv(n * hq, 64),)
+        grid = (cdiv(n * hq, 64),)
         _sum_slots_kernel[grid](
             part, topk_indices, dq, n * hq, c * chunk * hq, topk, G=hq // hkv, D=d, BLOCK_D=block_d(d), BLOCK_M=64,
             ACCUMULATE=out[0] is not None,
         )  # fmt: skip
     splits = 1 << min(MAX_SPLITS, t // 4096).bit_length() >> 1 or 1  # a block that every query chose is not one program's work
-    config = configs[1] or _config("dkv", d, q.dtype)
-    args = (q, k, v, do, lse, delta, csr_offsets, num_blocks, csr_indices, hkv * topk, offsets, None, 0, scale, out[1:], splits, config)
+    args = (q, k, v, do, lse, delta, csr_offsets, num_blocks, csr_indices, hkv * topk, tiles_k, None, 0, scale, out[1:], splits, config_k)
     return dq, *launch_dkv(*args)

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_map
+from .common import block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
 from .inner import dkv_rows, dq_keys, forward_rows, packed_rows, wide
+from .launch import cdiv, launcher
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[str, int]:
@@ -41,6 +42,7 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[
     return dict(BLOCK_M=32, BLOCK_N=128, num_warps=4, num_stages=3)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tiles"])
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_k_ptr, index_ptr, k_norm_ptr, tiles_ptr, num_tiles, scale, HQ: tl.constexpr,
@@ -63,6 +65,7 @@ def _fwd_kernel(
         tl.store(lse_ptr + head, lse, mask=valid)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_tiles"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_k_ptr, index_ptr, tiles_ptr, num_tiles, scale, HQ: tl.constexpr,
@@ -84,6 +87,7 @@ def _dq_kernel(
         store_rows(dq_ptr, head * D, dq, valid, D, BLOCK_D, ACCUMULATE)
 
 
+@launcher
 @triton.jit(do_not_specialize=["num_keys", "num_tiles", "cu_stride"])
 def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_stride, index_q_ptr, index_k_ptr, tiles_ptr, num_tiles,
@@ -116,6 +120,24 @@ def _dkv_kernel(
         store_rows(dv_ptr, out, dv, valid, D, BLOCK_D, ACCUMULATE)
 
 
+@launcher
+@triton.jit(do_not_specialize=["size"])
+def _add_parts_kernel(parts_ptr, dk_ptr, dv_ptr, size, SPLITS: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < size
+    wide_zero = wide(tl.zeros([1], dk_ptr.dtype.element_ty), tl.zeros([BLOCK], tl.float32))
+    dk, dv = wide_zero, wide_zero
+    for split in range(SPLITS):
+        dk += tl.load(parts_ptr + split * size.to(tl.int64) + at, mask=valid, other=0.0)
+        dv += tl.load(parts_ptr + (SPLITS + split) * size.to(tl.int64) + at, mask=valid, other=0.0)
+    if ACCUMULATE:
+        dk += tl.load(dk_ptr + at, mask=valid, other=0.0).to(tl.float32)
+        dv += tl.load(dv_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=valid)
+    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=valid)
+
+
+@launcher
 @triton.jit(do_not_specialize=["num_rows"])
 def _delta_kernel(o_ptr, do_ptr, dlse_ptr, delta_ptr, num_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -131,22 +153,30 @@ def attention_delta(o: Tensor, do: Tensor, dlse: Tensor) -> Tensor:
     delta = torch.empty(o.shape[:2], dtype=lse_dtype(o), device=o.device)
     if delta.numel():
         d = o.shape[2]
-        grid = (triton.cdiv(delta.numel(), 64),)
+        grid = (cdiv(delta.numel(), 64),)
         _delta_kernel[grid](o, do, dlse, delta, delta.numel(), D=d, BLOCK_D=block_d(d), BLOCK_M=64)
     return delta
 
 
+def forward_map(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, config: dict | None = None) -> tuple[Tensor, int, int]:
+    """What `tile_maps` takes for the forward."""
+    block_m = (config or _config("fwd", q.shape[2], q.dtype, _long(k, cu_k)))["BLOCK_M"]
+    return cu_q, q.shape[0], block_m * k.shape[1] // q.shape[1]
+
+
 def varlen_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, index: Tensor | None, scale: float, config: dict | None = None
-) -> tuple[Tensor, Tensor]:
-    """Contiguous q, k, v → o like q, lse [T,Hq] (`lse_dtype`)."""
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, index: Tensor | None, scale: float, config: dict | None = None,
+    tiles: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Contiguous q, k, v → o like q, lse [T,Hq] (`lse_dtype`). tiles: of `forward_map`, made here if not given."""
     o = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=lse_dtype(q), device=q.device)
     long = _long(k, cu_k)
     config = config or _config("fwd", q.shape[2], q.dtype, long)
     if q.shape[0]:
         k_norm = largest_norm(k) if long else None
-        tiles = tile_map(cu_q, q.shape[0], config["BLOCK_M"] * k.shape[1] // q.shape[1])
+        if tiles is None:
+            (tiles,) = tile_maps(forward_map(q, k, cu_q, cu_k, config))
         grid = (tiles.shape[2] * k.shape[1],)
         args = (q, k, v, o, lse, cu_k, index, k_norm, tiles, tiles.shape[2], scale)
         _fwd_kernel[grid](*args, BOUNDED=k_norm is not None, **_sizes(q, k, index), **config)
@@ -161,25 +191,24 @@ def varlen_attention_backward(
     (t, hq, d), (n, hkv, _) = q.shape, k.shape
     sizes, long = _sizes(q, k, index), _long(k, cu_k)
     dq = torch.empty_like(q) if out[0] is None else out[0]
+    config, config_k = configs[0] or _config("dq", d, q.dtype, long), configs[1] or _config("dkv", d, q.dtype, long)
+    tiles, tiles_k = tile_maps((cu_q, t, config["BLOCK_M"] * hkv // hq), (cu_k, n, config_k["BLOCK_N"]))
     if t:
-        config = configs[0] or _config("dq", d, q.dtype, long)
-        tiles = tile_map(cu_q, t, config["BLOCK_M"] * hkv // hq)
         grid = (tiles.shape[2] * hkv,)
         args = (q, k, v, do, lse, delta, dq, cu_k, index, tiles, tiles.shape[2], scale)
         _dq_kernel[grid](*args, ACCUMULATE=out[0] is not None, **sizes, **config)
     gather = int(index is not None)
-    splits = _splits(n // 64 * hkv, t * hq // hkv)
-    config = configs[1] or _config("dkv", d, q.dtype, long)
-    dk, dv = launch_dkv(q, k, v, do, lse, delta, cu_q, 0, index, gather, cu_k, index, gather, scale, out[1:], splits, config)
+    splits = _splits(n // 64 * hkv, t * hq // hkv // max(1, cu_q.shape[0] - 1))
+    dk, dv = launch_dkv(q, k, v, do, lse, delta, cu_q, 0, index, gather, tiles_k, index, gather, scale, out[1:], splits, config_k)
     return dq, dk, dv
 
 
 def launch_dkv(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, cu_q: Tensor, cu_stride: int, index_q: Tensor | None,
-    gather_q: int, cu_k: Tensor, index_k: Tensor | None, gather_k: int, scale: float, out: tuple[Tensor | None, Tensor | None],
+    gather_q: int, tiles: Tensor, index_k: Tensor | None, gather_k: int, scale: float, out: tuple[Tensor | None, Tensor | None],
     splits: int, config: dict,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk, dv of segments of keys cu_k, each over the queries at positions cu_q[kv cu_stride + segment] … of index_q.
+    """dk, dv of segments of keys in tiles, each over the queries at positions cu_q[kv cu_stride + segment] … of index_q.
 
     `splits` programs share the queries of a key tile; their fp32 parts are added in order.
     """
@@ -187,7 +216,6 @@ def launch_dkv(
     dk, dv = (torch.empty_like(x) if y is None else y for x, y in zip((k, v), out, strict=True))
     if n == 0:
         return dk, dv
-    tiles = tile_map(cu_k, n, config["BLOCK_N"])
     parts = (dk, dv) if splits == 1 else torch.empty(2, splits, n, hkv, d, dtype=torch.float32, device=q.device)
     _dkv_kernel[(tiles.shape[2] * hkv * splits,)](
         q, k, v, do, lse, delta, *parts, cu_q, cu_stride, index_q, index_k, tiles, tiles.shape[2], n, scale, SPLITS=splits, HQ=hq, HKV=hkv,
@@ -195,8 +223,8 @@ def launch_dkv(
         PRECISION=precision(q), **config,
     )  # fmt: skip
     if splits > 1:
-        for x, part, given in ((dk, parts[0], out[0]), (dv, parts[1], out[1])):
-            x.copy_(part.sum(0) if given is None else part.sum(0).add_(given))
+        m = dk.numel()
+        _add_parts_kernel[(cdiv(m, 1024),)](parts, dk, dv, m, SPLITS=splits, ACCUMULATE=out[0] is not None, BLOCK=1024, num_warps=4)
     return dk, dv
 
 

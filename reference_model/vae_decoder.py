@@ -1,6 +1,6 @@
 """Decoder of the VAE: latents → a value in (-1, 1) at each of their 512 voxels (paper: arXiv 2505.17412, section 3.2).
 
-Linear 16→512, position code, window attention over all latents, three upsamplings 512→128→64→32, Linear, tanh. Nothing after the attention
+Linear 16→512, position code, window attention over all latents, three upsamplings 512→128→64→32, Linear. Nothing after the attention
 looks farther than 3 latents, so those rows may be cropped (training) or cut in chunks (inference) if a halo of 3 latents comes along.
 """
 
@@ -35,6 +35,8 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(block(a, b, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
         self.occupancy = nn.ModuleList(nn.Linear(c, 1) for c in widths[1:-1]) if config.occupancy else None
         self.head = unit_linear(widths[-1], 1)
+        if config.head == "polynomial":  # at first the polynomials speak alone
+            nn.init.zeros_(self.head.weight)
 
     def attend(self, z: Tensor, latents: Tensor, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float) -> Tensor:
         """z [L,16] at latents [L,4] → [L,hidden]; never cut, because windows do not nest in chunks."""
@@ -43,6 +45,8 @@ class Decoder(nn.Module):
 
     def upsample(self, x: Tensor, latents: Tensor, grid: int, prune: float | None = None) -> tuple[Tensor, dict[int, Tensor]]:
         """x [L,hidden] at latents [L,4], lexicographic → values [L,512] float32 by child, NaN where pruned, and the occupancy logits.
+
+        What these values mean says `SparseVAE.bound`.
 
         prune: children whose cell holds a band voxel with a smaller probability are left out (needs the occupancy head).
         The logits {edge: [L,edge^3]} by slot are empty without that head or when pruning.
@@ -67,7 +71,7 @@ class Decoder(nn.Module):
                     kept = kept.view(len(latents), edge**3)
                     x, finer = x[chosen], Level.of(latents, neighbors, edge, kept)
             level = finer
-        values = self.head(x).float()[:, 0].tanh()
+        values = self.head(x).float()[:, 0]
         if level.places is not None:
             values = torch.full((len(latents) * 512,), torch.nan, device=x.device).index_put((level.places,), values)
         return values.view(len(latents), 512).index_select(1, slots_of_children(x.device)), logits

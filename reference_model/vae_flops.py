@@ -23,6 +23,8 @@ def forward_flops(model: SparseVAE, plan: EncoderPlan, partitions: tuple[ssa.Vox
         else:
             total += 2 * level.count_pairs() * (a * b + b * b) + 2 * len(level) * a * b
     total += 2 * rows * c.hidden_size * (c.hidden_size + 3 * c.latent_channels) + 2 * _attention(c, partitions)
+    if c.head == "polynomial":
+        total += 2 * rows * c.hidden_size * c.latent_channels
     latents = plan.levels[-1].latents
     coarse = plan.levels[-1]
     for edge, a, b in zip((2, 4, 8), (c.hidden_size, *c.channels[:0:-1]), c.channels[::-1], strict=True):

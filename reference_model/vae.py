@@ -3,8 +3,8 @@
     volume [N voxels] → Encoder → Posterior [L,16] → sample → Decoder → a value at each of the 512 children of the L latents
                       ↘ polynomial of each cell ↗            ↘ the polynomial's values ↗
 
-Latents begin as coefficients of polynomials (`vae_patch`), which the network corrects on both sides: a piece of smooth surface then needs no
-learning, and the network is left with edges, thin walls and cells that hold several pieces. `head="tanh"` is the paper's model without them.
+Latents begin as coefficients of polynomials (`vae_patch`), which the network corrects on both sides: a smooth piece of surface then needs
+no learning, and the network is left with edges, thin walls and cells of several pieces. `head="tanh"` is the paper's model without them.
 
 `loss` is what a trainer minimises; `encode` and `decode` are the two halves. Letters: N band voxels, L latents, B samples, R resolution.
 """
@@ -21,9 +21,8 @@ from reference_model.vae_encoder import Encoder, EncoderPlan
 from reference_model.vae_flops import forward_flops
 from reference_model.vae_grid import check_latents, slot_coords
 from reference_model.vae_loss import kl_divergence, make_targets, occupancy_loss, reconstruction_terms
-from reference_model.vae_patch import COEFFICIENTS, fit_patches, patch_values
+from reference_model.vae_patch import COEFFICIENTS, fit_patches
 from reference_model.volume import CELL
-
 
 CHOICES = {
     "decoder": ("symmetric", "subpixel", "released"),
@@ -31,7 +30,6 @@ CHOICES = {
     "pooling": ("mean", "subpixel", "released"),
     "ext_target": ("sign", "released"),
 }
-PATCH_GAIN = 2.0  # of a coefficient in a latent, so that latents have a variance near 1
 
 
 @dataclass(frozen=True)
@@ -119,18 +117,12 @@ class SparseVAE(nn.Module):
 
     def values(self, z: Tensor, latents: Tensor, resolution: int) -> Tensor:
         """`decode` before values are clamped: what the loss sees."""
-        return self.bound(self.decoder.upsample(self.attend(z, latents, resolution), latents, resolution // CELL)[0], z)
+        return self.decoder.upsample(self.attend(z, latents, resolution), z, latents, resolution // CELL)[0]
 
     def attend(self, z: Tensor, latents: Tensor, resolution: int) -> Tensor:
         """First half of `decode`, over all latents: → [L,hidden] for `decoder.upsample`."""
         _check_decode(z, latents, resolution, self.config.latent_channels)
         return self.decoder.attend(z, latents, self.partitions(latents), _factor(resolution))
-
-    def bound(self, values: Tensor, z: Tensor) -> Tensor:
-        """What the upsampling of latents z [L,16] gave [L,512] → values of the volume once they are clamped to [-1, 1]."""
-        if self.config.head == "tanh":
-            return values.tanh()
-        return values + patch_values(z / PATCH_GAIN) if self.config.head == "polynomial" else values
 
     def loss(self, batch: VolumeBatch, generator: torch.Generator | None = None, crop_latents: int | None = None) -> dict[str, Tensor]:
         """Terms of the loss, float32 scalars: "in", "ext", "sharp", "kl" (and "occupancy"), and the weighted sum "total".
@@ -145,15 +137,15 @@ class SparseVAE(nn.Module):
         h = self.decoder.attend(z, batch.latents, partitions, _factor(batch.resolution))
         targets, latents = make_targets(batch, c.ext_target), batch.latents
         if crop_latents is None:
-            predicted, logits = self.decoder.upsample(h, latents, grid)
+            predicted, logits = self.decoder.upsample(h, z, latents, grid)
         else:
             low = _crop_corner(batch, crop_latents, generator)[latents[:, 0].long()]
             rows = _inside(latents, low - HALO, crop_latents + 2 * HALO).nonzero().flatten()
             core = _inside(latents[rows], low[rows], crop_latents).nonzero().flatten()
-            predicted, logits = self.decoder.upsample(h[rows], latents[rows], grid)
+            predicted, logits = self.decoder.upsample(h[rows], z[rows], latents[rows], grid)
             predicted, logits = predicted[core], {edge: logit[core] for edge, logit in logits.items()}
-            targets, z = targets.rows(rows[core]), z[rows[core]]
-        terms = reconstruction_terms(self.bound(predicted, z), targets)
+            targets = targets.rows(rows[core])
+        terms = reconstruction_terms(predicted, targets)
         terms["kl"] = kl_divergence(posterior.mean, posterior.logvar)
         weights = {"in": c.lambda_in, "ext": c.lambda_ext, "sharp": c.lambda_sharp, "kl": c.lambda_kl}
         if c.occupancy:
@@ -171,7 +163,7 @@ class SparseVAE(nn.Module):
         return forward_flops(self, EncoderPlan.build(batch), self.partitions(batch.latents))
 
     def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition]) -> Posterior:
-        patch = PATCH_GAIN * fit_patches(make_targets(batch)) if self.config.head == "polynomial" else None
+        patch = fit_patches(make_targets(batch)) if self.config.head == "polynomial" else None
         return Posterior(*self.encoder(EncoderPlan.build(batch), partitions, _factor(batch.resolution), patch))
 
 

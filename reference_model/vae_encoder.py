@@ -93,8 +93,13 @@ class Encoder(nn.Module):
                 self.moments.weight.zero_()
                 self.moments.bias[config.latent_channels :] = -9
 
-    def forward(self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float, patch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """→ mean, logvar [L,16] float32, rows as the latents; partitions: windows without and with shift; patch [L,16]: polynomials, added."""
+    def forward(
+        self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float, patch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """→ mean, logvar [L,16] float32, rows as the latents; partitions: windows without and with shift.
+
+        patch [L,16]: latents of the polynomials, which the mean is added to.
+        """
         run = self._checkpointed if self.checkpointing and torch.is_grad_enabled() else _plain
         first = self.down[0]
         h, skip = self.lift(plan, first)

@@ -2,8 +2,8 @@
 
     value(x) = clamp(Σ_k c_k P_k(x), -1, 1)        x: place in the cell, [-1,1]^3
 
-Near one smooth piece of surface a distance is close to a polynomial, and its clamping is no part of what 16 numbers have to tell. P_k: all
-monomials of degree up to 2 and the x_i^2 x_j, a set that the 48 symmetries of the cube map to itself, made orthonormal over the 512 children.
+Near one smooth piece of surface a distance is close to a polynomial, and its clamping is no part of what 16 numbers have to tell.
+P_k: the monomials of degree up to 2 and the x_i^2 x_j, a set that the 48 symmetries of the cube map to itself, orthonormal over the children.
 """
 
 from functools import lru_cache
@@ -17,6 +17,7 @@ from reference_model.vae_loss import Targets
 from reference_model.volume import CELL
 
 COEFFICIENTS = 16
+_GAIN = 2.0  # of a coefficient in a latent, so that latents have a variance near 1
 # squares of c_k beyond which the fit gives up accuracy: cells with few voxels leave most of them open
 _RIDGE = 1e-3
 # of children outside the band where the polynomial of the band says less than ±1, and what it should say there
@@ -32,15 +33,15 @@ def patch_basis(device: torch.device) -> Tensor:
     return (torch.linalg.qr(monomials).Q * CELL**1.5).float().to(device)
 
 
-def patch_values(coefficients: Tensor) -> Tensor:
-    """Coefficients [L,16] → values [L,512] float32 of the polynomials, not clamped."""
-    with torch.autocast(coefficients.device.type, enabled=False):
-        return coefficients.float() @ patch_basis(coefficients.device).T
+def patch_values(z: Tensor) -> Tensor:
+    """Latents [L,16] → values [L,512] float32 of their polynomials, not clamped."""
+    with torch.autocast(z.device.type, enabled=False):
+        return z.float() @ (patch_basis(z.device).T / _GAIN)
 
 
 @torch.no_grad()
 def fit_patches(targets: Targets) -> Tensor:
-    """Coefficients [L,16] float32 of the polynomials nearest to the band voxels (least squares) that keep the side of the other children.
+    """Latents [L,16] float32 of the polynomials nearest to the band voxels (least squares) that keep the side of the other children.
 
     Two rounds: over the band; then also over those other children that the first polynomial puts too near to the surface or beyond it.
     """
@@ -52,7 +53,7 @@ def fit_patches(targets: Targets) -> Tensor:
         first = _solve(share, targets.values, basis, squares)
         near = ~targets.band & (first @ basis.T * targets.values < 1)
         wanted = torch.where(targets.band, targets.values, _OUTER_VALUE * targets.values)
-        return _solve(share + near * share.amax(1, keepdim=True) * _OUTER_WEIGHT, wanted, basis, squares)
+        return _GAIN * _solve(share + near * share.amax(1, keepdim=True) * _OUTER_WEIGHT, wanted, basis, squares)
 
 
 def _solve(weights: Tensor, values: Tensor, basis: Tensor, squares: Tensor) -> Tensor:

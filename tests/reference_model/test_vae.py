@@ -245,7 +245,7 @@ def test_mistakes_are_named():
         with pytest.raises(ValueError, match=rule):
             VAEConfig(**changes)
     with pytest.raises(ValueError, match="occupancy head"):
-        model.decoder.upsample(torch.zeros(len(latents), 32), latents, 32, prune=0.5)
+        model.decoder.upsample(torch.zeros(len(latents), 32), torch.zeros(len(latents), 16), latents, 32, prune=0.5)
 
 
 def test_paper_sizes():

@@ -21,7 +21,10 @@ from reference_model.cli import parse
 
 # name → settings of train_vae, settings of evaluate_vae
 VARIANTS: dict[str, tuple[list[str], list[str]]] = {
-    "learned pooling, subpixel decoder": ([], []),
+    "polynomials, learned pooling, subpixel decoder": ([], []),
+    "polynomials alone, no training": (["trainer.steps=1", "trainer.lr=0"], []),
+    "no polynomials, clamped": (["vae.head=clamp"], []),
+    "no polynomials, tanh (paper)": (["vae.head=tanh"], []),
     "pooling by the mean (paper)": (["vae.pooling=mean"], []),
     "symmetric decoder (paper)": (["vae.decoder=symmetric"], []),
     "released decoder": (["vae.decoder=released"], []),
@@ -29,11 +32,11 @@ VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "no sharp loss": (["vae.lambda_sharp=0"], []),
     "occupancy head, pruned at 1/2": (["vae.occupancy=true"], ["prune=0.5"]),
     "trained at 256 and 512": (["resolutions=[256,512]"], []),
-    "AdamW (paper)": (["trainer.optimizer=adamw", "trainer.lr=3e-3"], []),
+    "AdamW (paper)": (["trainer.optimizer=adamw", "trainer.lr=1e-3"], []),
 }
 BASE = [
     "train=gpu-multi", "vae=compact", "data=prepared", "resolutions=[256]", "tokens=4000", "trainer.optimizer=muon",
-    "trainer.lr=5e-3", "trainer.warmup=50", "picture=false",
+    "trainer.lr=3e-3", "trainer.warmup=50", "picture=false",
 ]  # fmt: skip
 
 

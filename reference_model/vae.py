@@ -1,6 +1,10 @@
 """SS-VAE: a signed-distance volume ⇄ 16 numbers for every active cell of 8^3 voxels (paper: arXiv 2505.17412, section 3.2).
 
     volume [N voxels] → Encoder → Posterior [L,16] → sample → Decoder → a value at each of the 512 children of the L latents
+                      ↘ polynomial of each cell ↗            ↘ the polynomial's values ↗
+
+Latents begin as coefficients of polynomials (`vae_patch`), which the network corrects on both sides: a smooth piece of surface then needs
+no learning, and the network is left with edges, thin walls and cells of several pieces. `head="tanh"` is the paper's model without them.
 
 `loss` is what a trainer minimises; `encode` and `decode` are the two halves. Letters: N band voxels, L latents, B samples, R resolution.
 """
@@ -17,7 +21,15 @@ from reference_model.vae_encoder import Encoder, EncoderPlan
 from reference_model.vae_flops import forward_flops
 from reference_model.vae_grid import check_latents, slot_coords
 from reference_model.vae_loss import kl_divergence, make_targets, occupancy_loss, reconstruction_terms
+from reference_model.vae_patch import COEFFICIENTS, fit_patches
 from reference_model.volume import CELL
+
+CHOICES = {
+    "decoder": ("symmetric", "subpixel", "released"),
+    "head": ("polynomial", "clamp", "tanh"),
+    "pooling": ("mean", "subpixel", "released"),
+    "ext_target": ("sign", "released"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,7 @@ class VAEConfig:
     window_size: int = 8  # latents; odd layers shift by half of it
     latent_channels: int = 16
     decoder: str = "subpixel"  # or "symmetric", "released": the blocks of `vae_blocks`
+    head: str = "polynomial"  # of each cell, corrected by the network and clamped; "clamp": without it; "tanh" (released)
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning
@@ -49,9 +62,11 @@ class VAEConfig:
         head_dim = self.hidden_size // self.num_heads
         if self.hidden_size % self.num_heads or head_dim % 8 or not 16 <= head_dim <= 128:
             raise ValueError(f"hidden_size / num_heads must be a multiple of 8 from 16 to 128, got {self.hidden_size} / {self.num_heads}")
-        for name, ours in (("decoder", ("symmetric", "subpixel")), ("pooling", ("mean", "subpixel")), ("ext_target", ("sign",))):
-            if getattr(self, name) not in (*ours, "released"):
-                raise ValueError(f"{name} must be one of {(*ours, 'released')}, got {getattr(self, name)!r}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.head == "polynomial" and self.latent_channels != COEFFICIENTS:
+            raise ValueError(f"head polynomial needs {COEFFICIENTS} latent channels, got {self.latent_channels=}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +106,18 @@ class SparseVAE(nn.Module):
 
     def encode(self, batch: VolumeBatch) -> Posterior:
         """Posterior of each latent, rows as batch.latents."""
-        return self._encode(EncoderPlan.build(batch), self.partitions(batch.latents), batch.resolution)
+        return self._encode(batch, self.partitions(batch.latents))
 
     def decode(self, z: Tensor, latents: Tensor, resolution: int) -> Tensor:
-        """Values [L,512] float32 in (-1, 1) of the children (dx*8+dy)*8+dz of each latent.
+        """Values [L,512] float32 in [-1, 1] of the children (dx*8+dy)*8+dz of each latent.
 
         z [L,16]; latents [L,4] integer (sample, x, y, z), unique, lexicographic, in [0, R/8). ValueError otherwise.
         """
-        return self.decoder.upsample(self.attend(z, latents, resolution), latents, resolution // CELL)[0]
+        return self.values(z, latents, resolution).clamp(-1, 1)
+
+    def values(self, z: Tensor, latents: Tensor, resolution: int) -> Tensor:
+        """`decode` before values are clamped: what the loss sees."""
+        return self.decoder.upsample(self.attend(z, latents, resolution), z, latents, resolution // CELL)[0]
 
     def attend(self, z: Tensor, latents: Tensor, resolution: int) -> Tensor:
         """First half of `decode`, over all latents: → [L,hidden] for `decoder.upsample`."""
@@ -113,16 +132,17 @@ class SparseVAE(nn.Module):
         """
         c, grid = self.config, batch.resolution // CELL
         partitions = self.partitions(batch.latents)
-        posterior = self._encode(EncoderPlan.build(batch), partitions, batch.resolution)
-        h = self.decoder.attend(posterior.sample(generator), batch.latents, partitions, _factor(batch.resolution))
+        posterior = self._encode(batch, partitions)
+        z = posterior.sample(generator)
+        h = self.decoder.attend(z, batch.latents, partitions, _factor(batch.resolution))
         targets, latents = make_targets(batch, c.ext_target), batch.latents
         if crop_latents is None:
-            predicted, logits = self.decoder.upsample(h, latents, grid)
+            predicted, logits = self.decoder.upsample(h, z, latents, grid)
         else:
             low = _crop_corner(batch, crop_latents, generator)[latents[:, 0].long()]
             rows = _inside(latents, low - HALO, crop_latents + 2 * HALO).nonzero().flatten()
             core = _inside(latents[rows], low[rows], crop_latents).nonzero().flatten()
-            predicted, logits = self.decoder.upsample(h[rows], latents[rows], grid)
+            predicted, logits = self.decoder.upsample(h[rows], z[rows], latents[rows], grid)
             predicted, logits = predicted[core], {edge: logit[core] for edge, logit in logits.items()}
             targets = targets.rows(rows[core])
         terms = reconstruction_terms(predicted, targets)
@@ -142,8 +162,9 @@ class SparseVAE(nn.Module):
         """
         return forward_flops(self, EncoderPlan.build(batch), self.partitions(batch.latents))
 
-    def _encode(self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], resolution: int) -> Posterior:
-        return Posterior(*self.encoder(plan, partitions, _factor(resolution)))
+    def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition]) -> Posterior:
+        patch = fit_patches(make_targets(batch)) if self.config.head == "polynomial" else None
+        return Posterior(*self.encoder(EncoderPlan.build(batch), partitions, _factor(batch.resolution), patch))
 
 
 def _factor(resolution: int) -> float:

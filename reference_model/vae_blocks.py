@@ -208,9 +208,9 @@ class UpBlock(nn.Module):
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
         self.skip = unit_linear(channels_in, channels_out)
 
-    def forward(self, x: Tensor, level: Level, finer: Level) -> Tensor:
-        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`."""
-        h = self.conv1(self.norm1(x).repeat_interleave(8, 0), finer)
+    def forward(self, x: Tensor, level: Level, finer: Level, extra: Tensor | None = None) -> Tensor:
+        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`; extra [8n,C'] is known of them."""
+        h = _plus(self.conv1(self.norm1(x).repeat_interleave(8, 0), finer), extra)
         h = self.conv2(self.norm2(h), finer)
         return h + self.skip(x).to(h.dtype).repeat_interleave(8, 0)
 
@@ -228,11 +228,15 @@ class SubpixelUpBlock(nn.Module):
         self.conv1 = SparseConv3d(channels_out, channels_out, backend)
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
 
-    def forward(self, x: Tensor, level: Level, finer: Level) -> Tensor:
-        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`."""
-        h = self.conv1(_to_children(self.spread(self.norm1(x))), finer)
+    def forward(self, x: Tensor, level: Level, finer: Level, extra: Tensor | None = None) -> Tensor:
+        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`; extra [8n,C'] is known of them."""
+        h = self.conv1(_plus(_to_children(self.spread(self.norm1(x))), extra), finer)
         h = self.conv2(self.norm2(h), finer)
         return h + _to_children(self.skip(x).to(h.dtype))
+
+
+def _plus(x: Tensor, extra: Tensor | None) -> Tensor:
+    return x if extra is None else x + extra.to(x.dtype)
 
 
 def _to_children(x: Tensor) -> Tensor:
@@ -248,9 +252,9 @@ class ReleasedUpBlock(nn.Module):
         self.conv1 = SparseConv3d(channels_in, channels_out, backend)
         self.conv2 = SparseConv3d(channels_out, channels_out, backend)
 
-    def forward(self, x: Tensor, level: Level, finer: Level) -> Tensor:
-        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`."""
-        h = F.silu(self.conv1(x, level)).repeat_interleave(8, 0)
+    def forward(self, x: Tensor, level: Level, finer: Level, extra: Tensor | None = None) -> Tensor:
+        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`; extra [8n,C'] is known of them."""
+        h = _plus(F.silu(self.conv1(x, level)).repeat_interleave(8, 0), extra)
         return F.silu(self.conv2(h, finer))
 
 

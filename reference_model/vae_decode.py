@@ -40,7 +40,8 @@ def decode_volume(
     hidden = model.attend(z, latents, resolution)
     values = torch.empty(len(latents), CELL**3, device=z.device)
     for rows, core in chunks(latents, chunk):
-        values[rows[core]] = model.decoder.upsample(hidden[rows], latents[rows], resolution // CELL, prune)[0][core]
+        upsampled, _ = model.decoder.upsample(hidden[rows], z[rows], latents[rows], resolution // CELL, prune)
+        values[rows[core]] = upsampled[core].clamp(-1, 1)
     coords = (latents[:, None, 1:] * CELL + lattice(CELL, z.device)).flatten(0, 1).int()
     if prune is None:
         return coords, values.flatten(), values < 0

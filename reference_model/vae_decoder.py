@@ -1,6 +1,6 @@
 """Decoder of the VAE: latents → a value in (-1, 1) at each of their 512 voxels (paper: arXiv 2505.17412, section 3.2).
 
-Linear 16→512, position code, window attention over all latents, three upsamplings 512→128→64→32, Linear, tanh. Nothing after the attention
+Linear 16→512, position code, window attention over all latents, three upsamplings 512→128→64→32, Linear. Nothing after the attention
 looks farther than 3 latents, so those rows may be cropped (training) or cut in chunks (inference) if a halo of 3 latents comes along.
 """
 
@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import ssa
 from reference_model.vae_blocks import ReleasedUpBlock, SubpixelUpBlock, UpBlock, position_code, unit_linear
 from reference_model.vae_encoder import GAIN, attend, attention_blocks
-from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
+from reference_model.vae_grid import Level, children_of_slots, find_latent_neighbors, slots_of_children
+from reference_model.vae_patch import patch_values
 
 if TYPE_CHECKING:
     from reference_model.vae import VAEConfig
@@ -35,15 +36,22 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(block(a, b, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
         self.occupancy = nn.ModuleList(nn.Linear(c, 1) for c in widths[1:-1]) if config.occupancy else None
         self.head = unit_linear(widths[-1], 1)
+        self.bounded, self.patch = config.head == "tanh", None
+        if config.head == "polynomial":
+            self.patch = nn.Linear(1, widths[-1])  # of the polynomial's values, for the last block to see
+            nn.init.zeros_(self.head.weight)  # at first the polynomials speak alone
 
     def attend(self, z: Tensor, latents: Tensor, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float) -> Tensor:
         """z [L,16] at latents [L,4] → [L,hidden]; never cut, because windows do not nest in chunks."""
         x = self.linear(z)
         return attend(self.blocks, x + position_code(latents[:, 1:], x.shape[1], factor), partitions, self._run)
 
-    def upsample(self, x: Tensor, latents: Tensor, grid: int, prune: float | None = None) -> tuple[Tensor, dict[int, Tensor]]:
-        """x [L,hidden] at latents [L,4], lexicographic → values [L,512] float32 by child, NaN where pruned, and the occupancy logits.
+    def upsample(
+        self, x: Tensor, z: Tensor, latents: Tensor, grid: int, prune: float | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """x [L,hidden], z [L,16] at latents [L,4], lexicographic → values [L,512] float32 by child and the occupancy logits.
 
+        Values are NaN where pruned and beyond ±1 where clamping is left to do.
         prune: children whose cell holds a band voxel with a smaller probability are left out (needs the occupancy head).
         The logits {edge: [L,edge^3]} by slot are empty without that head or when pruning.
         """
@@ -53,9 +61,14 @@ class Decoder(nn.Module):
         level = Level.of(latents, neighbors, 1)
         kept: Tensor | None = None  # [L,edge^3] bool of the level, None: all
         logits: dict[int, Tensor] = {}
+        base = None if self.patch is None else patch_values(z).index_select(1, children_of_slots(x.device)).flatten()
         for i, (edge, block) in enumerate(zip(EDGES, self.up, strict=True)):
             finer = Level.of(latents, neighbors, edge, None if kept is None else kept.repeat_interleave(8, 1))
-            x = self._run(block, x, level, finer)
+            extra = None
+            if self.patch is not None and base is not None and edge == EDGES[-1]:
+                base = base if finer.places is None else base[finer.places]
+                extra = self.patch(base.clamp(-2, 2)[:, None])
+            x = self._run(block, x, level, finer, extra)
             if self.occupancy is not None and edge < EDGES[-1]:
                 logit = self.occupancy[i](x).float()[:, 0]
                 if prune is None:
@@ -67,7 +80,11 @@ class Decoder(nn.Module):
                     kept = kept.view(len(latents), edge**3)
                     x, finer = x[chosen], Level.of(latents, neighbors, edge, kept)
             level = finer
-        values = self.head(x).float()[:, 0].tanh()
+        values = self.head(x).float()[:, 0]
+        if base is not None:
+            values = values + base
+        if self.bounded:
+            values = values.tanh()
         if level.places is not None:
             values = torch.full((len(latents) * 512,), torch.nan, device=x.device).index_put((level.places,), values)
         return values.view(len(latents), 512).index_select(1, slots_of_children(x.device)), logits

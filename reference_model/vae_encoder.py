@@ -83,14 +83,23 @@ class Encoder(nn.Module):
         self.lift = Lift(widths[0])
         self.down = nn.ModuleList(down_block(a, b, config.pooling, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
         self.linear = unit_linear(config.hidden_size, config.hidden_size, GAIN)
+        self.patch = unit_linear(config.latent_channels, config.hidden_size) if config.head == "polynomial" else None
         self.blocks = attention_blocks(config)
         self.moments = unit_linear(config.hidden_size, 2 * config.latent_channels)
         with torch.no_grad():  # a standard deviation of 0.14 at first: a decoder learns little from noise
             self.moments.weight[config.latent_channels :] = 0
             self.moments.bias[config.latent_channels :] = -4
+            if config.head == "polynomial":  # at first the coefficients are the latents
+                self.moments.weight.zero_()
+                self.moments.bias[config.latent_channels :] = -9
 
-    def forward(self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float) -> tuple[Tensor, Tensor]:
-        """→ mean, logvar [L,16] float32, rows as the latents; partitions: windows without and with shift."""
+    def forward(
+        self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float, patch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """→ mean, logvar [L,16] float32, rows as the latents; partitions: windows without and with shift.
+
+        patch [L,16]: latents of the polynomials, which the mean is added to.
+        """
         run = self._checkpointed if self.checkpointing and torch.is_grad_enabled() else _plain
         first = self.down[0]
         h, skip = self.lift(plan, first)
@@ -99,9 +108,11 @@ class Encoder(nn.Module):
             x = run(block, x, plan.cu_seqlens[i], plan.children[i], plan.levels[i + 1], plan.cu_seqlens[i + 1])
         x = self.linear(x)
         x = x + position_code(plan.levels[-1].latents[:, 1:], x.shape[1], factor)
+        if self.patch is not None:
+            x = x + self.patch(patch)
         x = attend(self.blocks, x, partitions, run)
         mean, logvar = self.moments(F.layer_norm(x, x.shape[1:])).float().chunk(2, 1)
-        return mean, logvar.clamp(-30, 20)
+        return mean if patch is None else mean + patch, logvar.clamp(-30, 20)
 
     @staticmethod
     def _checkpointed(function, *args):

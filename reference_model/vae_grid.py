@@ -148,6 +148,13 @@ def slots_of_children(device: torch.device) -> Tensor:
     return _slot_of(lattice(CELL, device))
 
 
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def children_of_slots(device: torch.device) -> Tensor:
+    """[512] int64: child (dx*8+dy)*8+dz of the slot."""
+    return slots_of_children(device).argsort()
+
+
 def _slot_of(xyz: Tensor) -> Tensor:
     """Place along the Z-curve of points [...,3] with coordinates below 8; x is the slowest axis of a cube of 2^3."""
     bit = torch.arange(3, device=xyz.device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from reference_model.optimizers import Optimizers
+from reference_model.optimizers import Optimizers, StackedMuon
 from reference_model.train_settings import TrainSettings
 
 MUON = TrainSettings(steps=1, lr=0.01, optimizer="muon")
@@ -47,6 +47,24 @@ def test_a_step_of_muon_is_orthogonal(name: str) -> None:
     step = (before - getattr(model, name).detach().flatten(0, -2)) / (0.02 * 0.2 * max(before.shape) ** 0.5)
     assert 0.6 < torch.linalg.svdvals(step).min() and torch.linalg.svdvals(step).max() < 1.3
     assert float((step * (u @ vh)).sum()) > 0.98 * float(step.norm() * len(s) ** 0.5)
+
+
+def test_steps_are_those_of_torch() -> None:
+    """Several matrices of a shape, tall and wide: up to the rounding of bf16, in which both iterate."""
+    shapes = [(16, 48), (48, 16), (16, 48), (32, 32), (32, 32), (64, 16)]
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    options = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    pair = (StackedMuon(ours, **options), torch.optim.Muon(theirs, **options))
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    for p, q, x in zip(ours, theirs, start, strict=True):
+        assert (p - q).abs().max() < 0.02 * (q - x).abs().max()
 
 
 def test_the_rest_takes_steps_of_adamw() -> None:

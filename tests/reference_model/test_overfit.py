@@ -29,7 +29,7 @@ def rod(tmp_path_factory):
     loaded = load_mesh(folder / "rod.obj")
     batch = collate_volumes([mesh_to_volume(normalize(loaded)[0], loaded.faces, 256)])
     torch.manual_seed(0)
-    model = SparseVAE(VAEConfig(channels=(8, 16, 32), hidden_size=64, num_heads=2, num_layers=2, lambda_kl=1e-4))
+    model = SparseVAE(VAEConfig(channels=(8, 16, 32), hidden_size=64, num_heads=2, num_layers=2, head="tanh", lambda_kl=1e-4))
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, STEPS)
     generator = torch.Generator().manual_seed(0)

@@ -16,7 +16,11 @@ from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_blocks import AttentionBlock
 from reference_model.vae_loss import kl_divergence, make_targets, reconstruction_terms
 
-FORMS = [dict(decoder=d, pooling=p) for d, p in (("symmetric", "mean"), ("subpixel", "subpixel"), ("released", "released"))]
+FORMS = [
+    dict(decoder="symmetric", pooling="mean", head="clamp"),
+    dict(decoder="subpixel", pooling="subpixel", head="polynomial"),
+    dict(decoder="released", pooling="released", head="tanh"),
+]
 TERMS = {"in": 1.0, "ext": 0.1, "sharp": 1.0, "kl": 1e-3}
 
 
@@ -47,7 +51,7 @@ def test_loss_is_the_sum_of_its_terms(form):
     model, batch = tiny_model(**form), small_batch()
     terms = model.loss(batch, seeded(1))
     posterior = model.encode(batch)
-    predicted = model.decode(posterior.sample(seeded(1)), batch.latents, 256)
+    predicted = model.values(posterior.sample(seeded(1)), batch.latents, 256)
     plain = reconstruction_terms(predicted, make_targets(batch)) | {"kl": kl_divergence(posterior.mean, posterior.logvar)}
     assert set(terms) == {*TERMS, "total"}
     for name in TERMS:
@@ -68,7 +72,7 @@ def test_a_crop_is_part_of_the_whole(form, monkeypatch):
     core = ((step >= 0) & (step < edge)).all(1)
     assert 3 < core.sum() < len(core) - 3
     terms = model.loss(batch, seeded(1), crop_latents=edge)
-    predicted = model.decode(model.encode(batch).sample(seeded(1)), batch.latents, 256)
+    predicted = model.values(model.encode(batch).sample(seeded(1)), batch.latents, 256)
     plain = reconstruction_terms(predicted[core], make_targets(batch).rows(core.nonzero().flatten()))
     for name in ("in", "ext", "sharp"):
         assert terms[name].item() == pytest.approx(plain[name].item(), rel=1e-4, abs=1e-7), name
@@ -143,7 +147,7 @@ def test_gradient_by_differences():
 
 def train(backend, autocast, steps=12):
     torch.manual_seed(0)
-    model = SparseVAE(VAEConfig(**TINY, conv_backend=backend))
+    model = SparseVAE(VAEConfig(**TINY, head="clamp", conv_backend=backend))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     batch, losses = collate_volumes(shapes()[:1]), []
     for step in range(steps):
@@ -241,7 +245,7 @@ def test_mistakes_are_named():
         with pytest.raises(ValueError, match=rule):
             VAEConfig(**changes)
     with pytest.raises(ValueError, match="occupancy head"):
-        model.decoder.upsample(torch.zeros(len(latents), 32), latents, 32, prune=0.5)
+        model.decoder.upsample(torch.zeros(len(latents), 32), torch.zeros(len(latents), 16), latents, 32, prune=0.5)
 
 
 def test_paper_sizes():

@@ -3,7 +3,7 @@
     value(x) = clamp(Σ_k c_k P_k(x), -1, 1)        x: place in the cell, [-1,1]^3
 
 Near one smooth piece of surface a distance is close to a polynomial, and its clamping is no part of what 16 numbers have to tell.
-P_k: the monomials of degree up to 2 and the x_i^2 x_j, which the 48 symmetries of the cube map to themselves, orthonormal over the children.
+P_k: monomials of degree up to 2 and the x_i^2 x_j, which the 48 symmetries of the cube map to themselves, orthonormal over the children.
 """
 
 from functools import lru_cache

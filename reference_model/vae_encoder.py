@@ -70,8 +70,8 @@ class EncoderPlan:
 def _moments(batch: VolumeBatch) -> Tensor:
     """[B,2] float32: mean and variance of the values of each sample, 0 where there are none."""
     t, cu = batch.values.clamp(-1, 1).double(), batch.cu_seqlens.long()
-    sums = F.pad(torch.stack((t, t.square()), 1).cumsum(0), (0, 0, 1, 0))[cu].diff(dim=0)
-    mean, square = (sums / cu.diff()[:, None].clamp(min=1)).unbind(1)
+    sums = F.pad(torch.stack((t, t.square())).cumsum(1), (1, 0))[:, cu].diff()  # along rows: down columns a GPU adds one by one
+    mean, square = sums / cu.diff().clamp(min=1)
     return torch.stack((mean, (square - mean.square()).clamp(min=0)), 1).float()
 
 

@@ -145,6 +145,18 @@ if IMPL == "triton":
         monkeypatch.setattr(boundary, "chunk_queries", lambda *_: chunk)
         compare(*problem(partition, random_choice(partition, 2, 2), dtype=dtype))
 
+    @pytest.mark.parametrize(("width", "group"), [(1, 3), (2, 2)])
+    def test_resident_keys_of_blocks_of_any_length(width, group):
+        """Blocks of 216 (streamed), 180 (three tiles of 64), 140 (the last of 32), 90, 20 and 1 tokens; last tiles partly filled."""
+        sizes = [216, 180, 140, 90, 20, 1]
+        cube = torch.cartesian_prod(*[torch.arange(6)] * 3)
+        coords = torch.cat([torch.nn.functional.pad(cube[:n], (1, 0), value=i) for i, n in enumerate(sizes)])
+        partition = ssa.partition_voxels(coords.to(DEVICE), selection_block_size=8)
+        ids = torch.full((sum(sizes), 1, 2), -1, dtype=torch.int32, device=DEVICE)
+        ids[:, 0, 0] = partition.coords[:, 0].int()
+        ids[::2] = -1
+        compare(*problem(partition, ids[..., :width], hq=group, d=16, dtype=torch.float16))
+
     @pytest.mark.parametrize("chunk", [20, 1000])
     def test_inverse_map(chunk):
         """A bucket (kv head, block) lists its (query, slot) entries in order, and each chunk's share of it; −1 ones come last."""

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
+from .common import LN2, LOG2E, block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
 from .inner import dq_keys, forward_rows, packed_rows
 from .launch import cdiv, launcher
 from .varlen_attention import largest_norm, launch_dkv
@@ -31,10 +31,13 @@ MAX_SPLITS = 4
 def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and launch settings, H200, 2026-11-22."""
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
+        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1) | (dict(SHARE=0) if kernel == "fwd" else {})
     if kernel == "dkv":
         return dict(BLOCK_M=128 if head_dim <= 64 else 64, BLOCK_N=64, num_warps=4, num_stages=2)
-    return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=3)
+    setting = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=3)
+    if kernel == "fwd" and head_dim <= 64:
+        return dict(**setting, SHARE=64, maxnreg=168)  # H200, 2026-11-26: three programs a multiprocessor
+    return dict(**setting, SHARE=0) if kernel == "fwd" else setting
 
 
 def chunk_queries(num_heads: int, head_dim: int, topk: int, itemsize: int) -> int:
@@ -97,29 +100,96 @@ def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, T
     return offsets, indices, chunks
 
 
+@triton.jit
+def _resident_rows(
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, kv, key, end, lo, hi, entry0, scale, GATHER: tl.constexpr, HQ: tl.constexpr,
+    HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FULL: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Entries lo … hi of a block of FULL · 64 + 1 … FULL · 64 + LAST keys: all of them stay, so every row knows its maximum at once."""
+    G: tl.constexpr = HQ // HKV
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
+    r = tl.arange(0, BLOCK_M)
+    unit = scale * LOG2E
+    base = (key.to(tl.int64) * HKV + kv) * D
+    n = tl.arange(0, 64)
+    if FULL > 0:
+        k0 = load_rows(k_ptr + base, n * (HKV * D), n, D, BLOCK_D, False)
+        v0 = load_rows(v_ptr + base, n * (HKV * D), n, D, BLOCK_D, False)
+    if FULL > 1:
+        k1 = load_rows(k_ptr + base, (64 + n) * (HKV * D), n, D, BLOCK_D, False)
+        v1 = load_rows(v_ptr + base, (64 + n) * (HKV * D), n, D, BLOCK_D, False)
+    n = FULL * 64 + tl.arange(0, LAST)
+    there = key + n < end
+    k = load_rows(k_ptr + base, n * (HKV * D), there, D, BLOCK_D)
+    v = load_rows(v_ptr + base, n * (HKV * D), there, D, BLOCK_D)
+    for start in range(lo, hi, BLOCK_Q):
+        count = tl.minimum(hi - start, BLOCK_Q)
+        valid = r // G < count
+        entry = tl.load(entries_ptr + start + tl.minimum(r // G, count - 1))  # rows that are not there repeat the last query
+        q = load_rows(q_ptr, ((entry.to(tl.uint32) // GATHER).to(tl.int64) * HQ + (kv * G + r % G)) * D, valid, D, BLOCK_D, False)
+        s = tl.where(there[None, :], tl.dot(q, k.T), -float("inf"))
+        m = tl.max(s, 1)
+        if FULL > 0:
+            s0 = tl.dot(q, k0.T)
+            m = tl.maximum(m, tl.max(s0, 1))
+        if FULL > 1:
+            s1 = tl.dot(q, k1.T)
+            m = tl.maximum(m, tl.max(s1, 1))
+        m *= unit
+        p = tl.exp2(s * unit - m[:, None])
+        sum_p = tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v)
+        if FULL > 0:
+            p = tl.exp2(s0 * unit - m[:, None])
+            sum_p += tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v0, acc)
+        if FULL > 1:
+            p = tl.exp2(s1 * unit - m[:, None])
+            sum_p += tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v1, acc)
+        out = (entry - entry0).to(tl.int64) * G + r % G
+        store_rows(part_ptr, out * D, acc * (1.0 / sum_p)[:, None], valid, D, BLOCK_D)
+        tl.store(part_lse_ptr + out, m * LN2 + tl.log(sum_p), mask=valid)
+
+
 @launcher
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, k_norm_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
     entry0, TOPK: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, SHARE: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """SHARE > 0: a program takes so many entries and keeps the keys of a block of up to 192. SHARE 0: one tile of rows, keys streamed."""
     G: tl.constexpr = HQ // HKV
     bucket, first, count = load_tile(tiles_ptr, tl.program_id(0), num_tiles)
     if count > 0:
         kv, block = bucket // num_blocks, bucket % num_blocks
         lo, hi = tl.load(offsets_ptr + block), tl.load(offsets_ptr + block + 1)
-        valid, head = packed_rows(entries_ptr, first, count, kv, HQ, G, BLOCK_M, HKV * TOPK)
-        q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
-        k_norm = 0.0
-        if BOUNDED:
-            k_norm = tl.load(k_norm_ptr + kv)
-        o, lse = forward_rows(
-            q, k_norm, k_ptr, v_ptr, None, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, BOUNDED, PRECISION
-        )
-        out = _partial_rows(entries_ptr, first, valid, entry0, G, BLOCK_M)
-        store_rows(part_ptr, out * D, o, valid, D, BLOCK_D)
-        tl.store(part_lse_ptr + out, lse, mask=valid)
+        if SHARE > 0 and hi - lo <= 192:
+            what = (q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, kv, lo, hi, first, first + count, entry0, scale)
+            if hi - lo <= 64:
+                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 64)
+            elif hi - lo <= 128:
+                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 1, 64)
+            elif hi - lo <= 160:
+                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 2, 32)
+            else:
+                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 2, 64)
+        else:
+            k_norm = 0.0
+            if BOUNDED:
+                k_norm = tl.load(k_norm_ptr + kv)
+            for start in range(first, first + count, BLOCK_M // G):
+                valid, head = packed_rows(
+                    entries_ptr, start, tl.minimum(first + count - start, BLOCK_M // G), kv, HQ, G, BLOCK_M, HKV * TOPK
+                )
+                q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
+                o, lse = forward_rows(
+                    q, k_norm, k_ptr, v_ptr, None, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, BOUNDED, PRECISION
+                )
+                out = _partial_rows(entries_ptr, start, valid, entry0, G, BLOCK_M)
+                store_rows(part_ptr, out * D, o, valid, D, BLOCK_D)
+                tl.store(part_lse_ptr + out, lse, mask=valid)
 
 
 @triton.jit
@@ -208,8 +278,9 @@ def selected_attention_forward(
         return o, lse
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
-    k_norm = largest_norm(k)
-    (tiles,) = tile_maps((chunks, min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq), chunks=cdiv(t, chunk))
+    k_norm = None if config["SHARE"] else largest_norm(k)
+    share = config["SHARE"] or config["BLOCK_M"] * hkv // hq
+    (tiles,) = tile_maps((chunks, min(chunk, t) * hkv * topk, share), chunks=cdiv(t, chunk))
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(min(chunk, t) * hq * topk, dtype=lse.dtype, device=q.device)
     for c in range(tiles.shape[0]):

@@ -24,7 +24,7 @@ from .launch import cdiv, launcher
 
 SCRATCH = 256 * 2**20
 GROUP = tl.constexpr(16)
-TOPK = dict(ROWS=8, BLOCK_S=32, num_warps=1)  # queries a program of the top-k, scores of each that it reads at once
+TOPK = dict(ROWS=32, BLOCK_S=32, num_warps=1)  # queries a program of the top-k, scores of each that it reads at once
 
 
 def _config(head_dim: int, dtype: torch.dtype, group: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ test: .venv/installed
 
 demo: .venv/installed
 	$(RUN) -m examples.demo $(if $(MESH),--mesh "$(MESH)") $(if $(UP),--up $(UP))
+	$(RUN) -m examples.round_trip $(if $(MESH),--mesh "$(MESH)") $(if $(UP),--up $(UP))
 
 bench: .venv/installed
 	$(RUN) -m pytest benchmarks/test_speed.py

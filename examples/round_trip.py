@@ -1,6 +1,6 @@
 """Mesh → volume → latents → mesh, with scores and a picture: `python -m examples.round_trip [--mesh PATH] [--resolution 256]`.
 
-The weights are those of the package unless `--weights` names others; without any it says so and stops.
+The weights are those of the package unless `--weights` names others.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ ROWS = {
 }  # fmt: skip
 
 
-def round_trip(mesh: Path, picture: Path, weights: str = "default", resolution: int = 256) -> dict[str, Any]:
+def round_trip(
+    mesh: Path, picture: Path, weights: str = "default", resolution: int = 256, y_up: bool | None = None
+) -> dict[str, Any]:
     """Scores of one mesh through the network, the grid alone and the mesh itself; draws them to `picture`."""
-    settings: dict[str, Any] = dict(samples=50_000, seed=0, size=384, grid=128, pictures=True, thickness=None, y_up=None)
+    settings: dict[str, Any] = dict(samples=50_000, seed=0, size=384, grid=128, pictures=True, thickness=None, y_up=y_up)
     network = load_network(weights, None)
     if network is None:
         raise ValueError("weights must be a path or default, got none")
@@ -59,13 +61,15 @@ def main() -> None:
     parser.add_argument("--mesh", type=Path, help="any file that reference_model.prepare reads; default: a trefoil knot")
     parser.add_argument("--weights", default="default")
     parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--up", choices=("y", "z"), help="axis that points up in the file; default: y for glTF, else z")
     parser.add_argument("--out", type=Path, default=Path("round_trip.png"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         mesh = args.mesh or Path(folder) / "trefoil.ply"
         if args.mesh is None:
             trefoil().export(mesh)
-        report(round_trip(mesh, args.out, args.weights, args.resolution), args.out)
+        y_up = None if args.up is None else args.up == "y"
+        report(round_trip(mesh, args.out, args.weights, args.resolution, y_up), args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""The curve of a run of `reference_model.train_vae`: `python -m examples.plot_training RUN/log.jsonl [NEXT_RUN/log.jsonl …] --out curve.png`.
+
+Several logs are runs one after another, each from the weights of the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TERMS = {"in": "tab:blue", "ext": "tab:orange", "sharp": "tab:green", "total": "tab:gray"}
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Rows of all logs with steps counted on, and the step each run begins behind."""
+    rows: list[dict[str, Any]] = []
+    starts: list[int] = []
+    for path in paths:
+        starts.append(rows[-1]["step"] if rows else 0)
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows.append(row | {"step": row["step"] + starts[-1]})
+    return rows, starts
+
+
+def draw(paths: Sequence[Path], out: Path) -> None:
+    """Losses over steps, both logarithmic: lines of the batches (50 steps a point as logged), circles of the held-out meshes (EMA)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, starts = read_runs(paths)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for name, color in TERMS.items():
+        for kind, style in (("train", {"lw": 1}), ("validation", {"marker": "o", "lw": 0})):
+            chosen = [row for row in rows if row["kind"] == kind and name in row]
+            label = name if kind == "train" else None
+            axes.plot([row["step"] for row in chosen], [row[name] for row in chosen], color=color, label=label, **style)  # type: ignore[arg-type]
+    for start in starts[1:]:
+        axes.axvline(start, color="black", lw=0.5, ls=":")
+    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="mean squared error, in units of the band", title="lines: batches; circles: held out")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(out, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("logs", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("curve.png"))
+    args = parser.parse_args()
+    draw(args.logs, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,8 @@ VALUES = {  # of every number that is no tile size
     "num_stages": (1, 2, 3, 4, 5),
     "maxnreg": (64, 80, 96, 128, 168, 208, 255),
     "HEADS": (1, 2, 4, 8),
-    "SHARE": (0, 4, 8, 32, 64, 128, 256, 512),
+    "SHARE": (0, 4, 8),
+    "ENTRIES": (0, 32, 64, 128, 256, 512),
 }
 KERNELS = {  # name → (module of ssa.kernels, name the module gives to `_config` or None, branch, pass)
     "cmp.fwd": ("varlen_attention", "fwd", "cmp", "fwd"),

@@ -1,4 +1,4 @@
-"""The curve of a run of `reference_model.train_vae`: `python -m examples.plot_training RUN/log.jsonl [NEXT_RUN/log.jsonl …] --out curve.png`.
+"""The curve of a run of `reference_model.train_vae`: `python -m examples.plot_training RUN/log.jsonl [NEXT/log.jsonl …] --out curve.png`.
 
 Several logs are runs one after another, each from the weights of the one before.
 """
@@ -21,6 +21,8 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[int]]:
     for path in paths:
         starts.append(rows[-1]["step"] if rows else 0)
         for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.endswith("}"):  # a run that was killed while it wrote
+                continue
             row = json.loads(line)
             rows.append(row | {"step": row["step"] + starts[-1]})
     return rows, starts
@@ -42,7 +44,8 @@ def draw(paths: Sequence[Path], out: Path) -> None:
             axes.plot([row["step"] for row in chosen], [row[name] for row in chosen], color=color, label=label, **style)  # type: ignore[arg-type]
     for start in starts[1:]:
         axes.axvline(start, color="black", lw=0.5, ls=":")
-    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="mean squared error, in units of the band", title="lines: batches; circles: held out")
+    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="mean squared error, in units of the band")
+    axes.set_title("lines: batches; circles: held out")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     figure.savefig(out, dpi=110, bbox_inches="tight")

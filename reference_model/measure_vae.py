@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load_vae(paths["weights"], device, config.conv_backend).requires_grad_(True)
     else:
         model = SparseVAE(VAEConfig(conv_backend=config.conv_backend, **config.vae)).to(device)
+        torch.nn.init.normal_(model.decoder.head.weight, std=config.vae.channels[0] ** -0.5)  # a fresh one adds nothing to polynomials
     model.activation_checkpointing = True
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     settings = {"command": " ".join(["python -m reference_model.measure_vae", *(sys.argv[1:] if argv is None else argv)])}

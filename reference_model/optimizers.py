@@ -13,7 +13,13 @@ _LEAST = 16  # rows and columns of a matrix worth orthogonal steps
 
 
 class StackedMuon(torch.optim.Muon):
-    """`torch.optim.Muon`, matrices of one shape (turned to be wide) in one product: a fifth of the launches, which bind small models."""
+    """`torch.optim.Muon` with adjust_lr_fn "match_rms_adamw", matrices of one shape (turned to be wide) in one product.
+
+    A fifth of the launches, which bind small models.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float):
+        super().__init__(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -32,7 +38,7 @@ class StackedMuon(torch.optim.Muon):
                 shapes[tuple(sorted(p.shape))].append(i)
             for (_, longer), chosen in shapes.items():
                 steps = orthogonalized(torch.stack([_wide(updates[i]) for i in chosen]), group["ns_coefficients"], group["ns_steps"])
-                rate = 0.2 * longer**0.5 * group["lr"]  # match_rms_adamw
+                rate = 0.2 * longer**0.5 * group["lr"]
                 targets = [_wide(params[i]) for i in chosen]
                 torch._foreach_add_(targets, list(steps.to(params[0].dtype).unbind()), alpha=-rate)
 
@@ -71,7 +77,7 @@ class Optimizers:
             self.parts.append(torch.optim.AdamW(rest, settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=fused))
         if matrices:
             flat = [flat for _, flat in self.flat]
-            self.parts.append(StackedMuon(flat, settings.lr, settings.weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(StackedMuon(flat, settings.lr, settings.weight_decay))
 
     def step(self, rate: float) -> None:
         """One step at this learning rate, from the gradients of the parameters."""

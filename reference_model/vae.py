@@ -4,7 +4,7 @@
                       ↘ polynomial of each cell ↗            ↘ the polynomial's values ↗
 
 Latents begin as coefficients of polynomials (`vae_patch`), which the network corrects on both sides: a smooth piece of surface then needs
-no learning, and the network is left with edges, thin walls and cells of several pieces. `head="tanh"` is the paper's model without them.
+no learning, and the network is left with edges, thin walls and cells of several pieces. `head="tanh"` is the paper's output, without them.
 
 `loss` is what a trainer minimises; `encode` and `decode` are the two halves. Letters: N band voxels, L latents, B samples, R resolution.
 """
@@ -20,7 +20,7 @@ from reference_model.vae_decoder import HALO, Decoder
 from reference_model.vae_encoder import Encoder, EncoderPlan
 from reference_model.vae_flops import forward_flops
 from reference_model.vae_grid import check_latents, slot_coords
-from reference_model.vae_loss import kl_divergence, make_targets, occupancy_loss, reconstruction_terms
+from reference_model.vae_loss import Targets, kl_divergence, make_targets, occupancy_loss, reconstruction_terms
 from reference_model.vae_patch import COEFFICIENTS, fit_patches
 from reference_model.volume import CELL
 
@@ -44,7 +44,7 @@ class VAEConfig:
     window_size: int = 8  # latents; odd layers shift by half of it
     latent_channels: int = 16
     decoder: str = "subpixel"  # or "symmetric", "released": the blocks of `vae_blocks`
-    head: str = "polynomial"  # of each cell, corrected by the network and clamped; "clamp": without it; "tanh" (released)
+    head: str = "polynomial"  # the network corrects that of each cell; or "clamp", "tanh" (released): the network alone
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning
@@ -67,6 +67,8 @@ class VAEConfig:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.head == "polynomial" and self.latent_channels != COEFFICIENTS:
             raise ValueError(f"head polynomial needs {COEFFICIENTS} latent channels, got {self.latent_channels=}")
+        if self.head == "polynomial" and self.ext_target == "released":
+            raise ValueError('ext_target "released" needs head "clamp" or "tanh": polynomials keep the true side, got head "polynomial"')
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,7 @@ class SparseVAE(nn.Module):
 
     def encode(self, batch: VolumeBatch) -> Posterior:
         """Posterior of each latent, rows as batch.latents."""
-        return self._encode(batch, self.partitions(batch.latents))
+        return self._encode(batch, self.partitions(batch.latents), make_targets(batch))
 
     def decode(self, z: Tensor, latents: Tensor, resolution: int) -> Tensor:
         """Values [L,512] float32 in [-1, 1] of the children (dx*8+dy)*8+dz of each latent.
@@ -132,10 +134,10 @@ class SparseVAE(nn.Module):
         """
         c, grid = self.config, batch.resolution // CELL
         partitions = self.partitions(batch.latents)
-        posterior = self._encode(batch, partitions)
+        targets, latents = make_targets(batch, c.ext_target), batch.latents
+        posterior = self._encode(batch, partitions, targets)
         z = posterior.sample(generator)
         h = self.decoder.attend(z, batch.latents, partitions, _factor(batch.resolution))
-        targets, latents = make_targets(batch, c.ext_target), batch.latents
         if crop_latents is None:
             predicted, logits = self.decoder.upsample(h, z, latents, grid)
         else:
@@ -156,14 +158,15 @@ class SparseVAE(nn.Module):
         return terms
 
     def flops(self, batch: VolumeBatch) -> float:
-        """Operations of the matrix products of one uncropped forward, two a multiply-add; absent neighbours cost none.
+        """Operations of the matrix products of one uncropped forward, two a multiply-add; absent neighbours cost none, polynomials
+        (below 1 %) are left out.
 
         It builds the structure of the batch once more: ask now and then, not every step.
         """
         return forward_flops(self, EncoderPlan.build(batch), self.partitions(batch.latents))
 
-    def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition]) -> Posterior:
-        patch = fit_patches(make_targets(batch)) if self.config.head == "polynomial" else None
+    def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], targets: Targets) -> Posterior:
+        patch = fit_patches(targets) if self.config.head == "polynomial" else None
         return Posterior(*self.encoder(EncoderPlan.build(batch), partitions, _factor(batch.resolution), patch))
 
 

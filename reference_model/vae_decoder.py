@@ -1,4 +1,4 @@
-"""Decoder of the VAE: latents → a value in (-1, 1) at each of their 512 voxels (paper: arXiv 2505.17412, section 3.2).
+"""Decoder of the VAE: latents → a value at each of their 512 voxels (paper: arXiv 2505.17412, section 3.2).
 
 Linear 16→512, position code, window attention over all latents, three upsamplings 512→128→64→32, Linear. Nothing after the attention
 looks farther than 3 latents, so those rows may be cropped (training) or cut in chunks (inference) if a halo of 3 latents comes along.
@@ -64,11 +64,11 @@ class Decoder(nn.Module):
         base = None if self.patch is None else patch_values(z).index_select(1, children_of_slots(x.device)).flatten()
         for i, (edge, block) in enumerate(zip(EDGES, self.up, strict=True)):
             finer = Level.of(latents, neighbors, edge, None if kept is None else kept.repeat_interleave(8, 1))
-            extra = None
-            if self.patch is not None and base is not None and edge == EDGES[-1]:
+            if base is not None and edge == EDGES[-1]:
                 base = base if finer.places is None else base[finer.places]
-                extra = self.patch(base.clamp(-2, 2)[:, None])
-            x = self._run(block, x, level, finer, extra)
+                x = self._run(self._with_patch, block, x, level, finer, base)
+            else:
+                x = self._run(block, x, level, finer)
             if self.occupancy is not None and edge < EDGES[-1]:
                 logit = self.occupancy[i](x).float()[:, 0]
                 if prune is None:
@@ -88,6 +88,11 @@ class Decoder(nn.Module):
         if level.places is not None:
             values = torch.full((len(latents) * 512,), torch.nan, device=x.device).index_put((level.places,), values)
         return values.view(len(latents), 512).index_select(1, slots_of_children(x.device)), logits
+
+    def _with_patch(self, block: nn.Module, x: Tensor, level: Level, finer: Level, base: Tensor) -> Tensor:
+        """The last block, which sees the polynomial's values base [8n]."""
+        assert self.patch is not None
+        return block(x, level, finer, self.patch(base.clamp(-2, 2)[:, None]))
 
     def _run(self, function, *args):
         if self.checkpointing and torch.is_grad_enabled():

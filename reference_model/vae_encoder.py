@@ -1,7 +1,8 @@
 """Encoder of the VAE: band voxels → mean and log variance of 16 channels at each latent (paper: arXiv 2505.17412, section 3.2).
 
 Linear 1→32; three residual blocks that halve the resolution, 32→64→128→512; Linear, position code, window attention at the latents,
-LayerNorm without weights, Linear. GroupNorms take their statistics over a sample, so a sample is never cropped.
+LayerNorm without weights, Linear. With head "polynomial" the polynomials of the cells enter before the attention and are added to the
+mean. GroupNorms take their statistics over a sample, so a sample is never cropped.
 """
 
 from __future__ import annotations

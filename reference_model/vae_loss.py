@@ -3,7 +3,8 @@
     L = sum over c in {in, ext, sharp} of lambda_c mean_c (t - t~)^2 + lambda_kl KL
 
 in: band voxels; ext: the other children of active latents, t = ±1 by the true sign; sharp: band voxels near a marked edge. Each mean runs
-over its own set in the whole batch and is 0 for an empty set. The paper names no reduction of KL: here the mean over latent elements.
+over its own set in the whole batch and is 0 for an empty set; where t = ±1, a value beyond it is no error. The paper names no reduction
+of KL: here the mean over latent elements.
 """
 
 from dataclasses import dataclass

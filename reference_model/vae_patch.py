@@ -25,6 +25,7 @@ _OUTER_WEIGHT, _OUTER_VALUE = 0.02, 1.5
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def patch_basis(device: torch.device) -> Tensor:
     """P_k [512,16] float32 at the children (dx*8+dy)*8+dz, mean square 1."""
     x = (lattice(CELL).double() - (CELL - 1) / 2) / ((CELL - 1) / 2)

@@ -1,6 +1,6 @@
 """Selected attention: every (query, key/value head) attends to all tokens of the selection blocks it chose.
 
-Block-major: a tile holds (query, head) rows that chose one block, so K and V are read once for BLOCK_M rows instead of once a query.
+Block-major: a tile holds (query, head) rows that chose one block, so K and V are read once for BLOCK_M rows, or ENTRIES queries, of it.
 Each (query, chosen block) pair is an *entry* e = (t Hkv + kv) topk + slot; the inverse map sorts entries stably by bucket (kv, block):
 csr_indices lists them, csr_offsets says where each bucket begins, −1 ids come last.
 
@@ -31,13 +31,13 @@ MAX_SPLITS = 4
 def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and launch settings, H200, 2026-11-22."""
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1) | (dict(SHARE=0) if kernel == "fwd" else {})
+        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1) | (dict(ENTRIES=0) if kernel == "fwd" else {})
     if kernel == "dkv":
         return dict(BLOCK_M=128 if head_dim <= 64 else 64, BLOCK_N=64, num_warps=4, num_stages=2)
     setting = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=3)
     if kernel == "fwd" and head_dim <= 64:
-        return dict(**setting, SHARE=64, maxnreg=168)  # H200, 2026-11-26: three programs a multiprocessor
-    return dict(**setting, SHARE=0) if kernel == "fwd" else setting
+        return dict(**setting, ENTRIES=64, maxnreg=168)  # H200, 2026-11-26: three programs a multiprocessor
+    return dict(**setting, ENTRIES=0) if kernel == "fwd" else setting
 
 
 def chunk_queries(num_heads: int, head_dim: int, topk: int, itemsize: int) -> int:
@@ -157,15 +157,15 @@ def _resident_rows(
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, k_norm_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
     entry0, TOPK: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SHARE: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """SHARE > 0: a program takes so many entries and keeps the keys of a block of up to 192. SHARE 0: one tile of rows, keys streamed."""
+    """ENTRIES > 0: a program takes so many and keeps the keys of a block of up to 192 (16 bit). 0: one tile of rows, keys streamed."""
     G: tl.constexpr = HQ // HKV
     bucket, first, count = load_tile(tiles_ptr, tl.program_id(0), num_tiles)
     if count > 0:
         kv, block = bucket // num_blocks, bucket % num_blocks
         lo, hi = tl.load(offsets_ptr + block), tl.load(offsets_ptr + block + 1)
-        if SHARE > 0 and hi - lo <= 192:
+        if ENTRIES > 0 and q_ptr.dtype.element_ty != tl.float32 and hi - lo <= 192:
             what = (q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, kv, lo, hi, first, first + count, entry0, scale)
             if hi - lo <= 64:
                 _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 64)
@@ -278,8 +278,8 @@ def selected_attention_forward(
         return o, lse
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
-    k_norm = None if config["SHARE"] else largest_norm(k)
-    share = config["SHARE"] or config["BLOCK_M"] * hkv // hq
+    k_norm = None if config["ENTRIES"] else largest_norm(k)
+    share = config["ENTRIES"] or config["BLOCK_M"] * hkv // hq
     (tiles,) = tile_maps((chunks, min(chunk, t) * hkv * topk, share), chunks=cdiv(t, chunk))
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(min(chunk, t) * hq * topk, dtype=lse.dtype, device=q.device)

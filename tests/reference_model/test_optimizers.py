@@ -55,8 +55,7 @@ def test_steps_are_those_of_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in shapes]
     ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
-    options = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    pair = (StackedMuon(ours, **options), torch.optim.Muon(theirs, **options))
+    pair = (StackedMuon(ours, 0.1, 0.1), torch.optim.Muon(theirs, 0.1, 0.1, adjust_lr_fn="match_rms_adamw"))
     for _ in range(3):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn(p.shape, generator=generator)

@@ -15,6 +15,7 @@ from reference_model.symmetry import apply_symmetry
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_blocks import AttentionBlock
 from reference_model.vae_loss import kl_divergence, make_targets, reconstruction_terms
+from reference_model.vae_patch import patch_basis
 
 FORMS = [
     dict(decoder="symmetric", pooling="mean", head="clamp"),
@@ -221,7 +222,8 @@ def test_flops(form):
 
 
 def test_training_after_inference():
-    for function in (vae_grid.slot_coords, vae_grid.slots_of_children, vae_grid._beside, vae_grid._around):
+    of_slots = (vae_grid.slot_coords, vae_grid.slots_of_children, vae_grid.children_of_slots)
+    for function in (*of_slots, vae_grid._beside, vae_grid._around, patch_basis):
         function.cache_clear()
     model, batch = tiny_model(), small_batch()
     with torch.inference_mode():

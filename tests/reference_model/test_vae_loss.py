@@ -22,7 +22,7 @@ def voxels(batch):
 
 def test_terms_by_hand():
     batch = small_batch()
-    predicted = torch.rand(len(batch.latents), 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    predicted = torch.rand(len(batch.latents), 512, generator=torch.Generator().manual_seed(0)) * 6 - 3
     band = voxels(batch)
     errors: dict[str, list[float]] = {"in": [], "ext": [], "sharp": []}
     inside = batch.inside.tolist()
@@ -34,7 +34,8 @@ def test_terms_by_hand():
                 if sharp:
                     errors["sharp"].append((value - t) ** 2)
             else:
-                errors["ext"].append((value - (-1.0 if inside[row][child] else 1.0)) ** 2)
+                side = -1.0 if inside[row][child] else 1.0
+                errors["ext"].append(max(1.0 - side * value, 0.0) ** 2)
     assert all(errors.values()) and any(inside[r][c] for r in range(len(inside)) for c in range(512) if (r, c) not in band)
     got = reconstruction_terms(predicted, make_targets(batch))
     for name, values in errors.items():

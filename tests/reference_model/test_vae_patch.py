@@ -87,5 +87,7 @@ def test_nothing_at_all():
 def test_the_head_needs_its_channels():
     with pytest.raises(ValueError, match="head polynomial needs 16 latent channels, got self.latent_channels=8"):
         VAEConfig(**TINY, latent_channels=8)
+    with pytest.raises(ValueError, match='ext_target "released" needs head'):
+        VAEConfig(**TINY, ext_target="released")
     with pytest.raises(ValueError, match="head must be one of"):
         VAEConfig(**TINY, head="linear")

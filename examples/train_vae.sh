@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Train and score the VAE: examples/train_vae.sh MESHES OUT [key=value of train_vae …]
 # MESHES: a directory of meshes; those named in configs/train_vae.yaml as held out are scored and not trained on.
-# RESOLUTIONS (256,512), COUNT (8 shapes of each family), WORKERS (processes) may be set before the call. Stops and goes on at any stage.
+# VAE (compact or full), RESOLUTIONS (256,512), COUNT (8 shapes of each family), WORKERS (processes) may be set before the call; at 1024 add
+# crop_latents=32 max_tokens=150000. Stops and goes on at any stage.
 set -euo pipefail
 meshes=$1 out=$2
 shift 2
-resolutions=${RESOLUTIONS:-256,512} count=${COUNT:-8} workers=${WORKERS:-$(nproc)}
+vae=${VAE:-compact} resolutions=${RESOLUTIONS:-256,512} count=${COUNT:-8} workers=${WORKERS:-$(nproc)}
 export OMP_NUM_THREADS=1
 [ -e "$out/shapes/shapes.csv" ] || python -m reference_model.shapes out="$out/shapes" count="$count"
 for resolution in ${resolutions//,/ }; do
@@ -14,7 +15,7 @@ for resolution in ${resolutions//,/ }; do
     python -m reference_model.prepare meshes="$source" out="$out/prepared/${name}_$resolution" resolution="$resolution" workers="$workers" val=0 test=0
   done
 done
-python -m reference_model.train_vae train=gpu-multi vae=compact data=prepared prepared="$out/prepared" out="$out/run" \
+python -m reference_model.train_vae train=gpu-multi "vae=$vae" data=prepared prepared="$out/prepared" out="$out/run" \
   "resolutions=[$resolutions]" tokens=4000 trainer.optimizer=muon trainer.lr=3e-3 trainer.warmup=100 checkpointing=false workers="$workers" "$@"
 held_out=$(python -c "from reference_model.cli import parse; print(','.join(parse('train_vae', ('out',), [])[0].held_out))")
 python -m reference_model.evaluate_vae meshes="$meshes" weights="$out/run/weights.safetensors" out="$out/scores" \

@@ -36,7 +36,7 @@ def round_trip(
         for name in ("volumes", "meshes", "pictures"):
             (out / name).mkdir()
         begin = time.perf_counter()
-        path = build_volume(mesh, resolution, out, settings)
+        path = build_volume(mesh, resolution, out / "volumes", settings)
         built = time.perf_counter()
         vertices, faces, facts = run_network(network, path, out / "meshes" / "result.ply", None)
         row = score(mesh, resolution, path, vertices, faces, out, settings)

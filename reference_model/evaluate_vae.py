@@ -9,6 +9,7 @@ are explained in `reference_model.metrics.compare`.
 import json
 import multiprocessing
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -40,13 +41,17 @@ _SCORES = {
 }  # fmt: skip
 
 
-def build_volume(path: Path, resolution: int, out: Path, settings: Mapping[str, Any]) -> Path:
-    """The volume of a mesh file, as a file of its own; MeshError as `load_mesh`."""
-    target = out / "volumes" / f"{path.name}_{resolution}.safetensors"
+def build_volume(path: Path, resolution: int, folder: Path, settings: Mapping[str, Any]) -> Path:
+    """The volume of a mesh file, as a file of its own in the folder, made unless it is there; MeshError as `load_mesh`."""
+    target = folder / f"{path.name}_{resolution}.safetensors"
+    if target.exists():
+        return target
     mesh = load_mesh(path, settings["y_up"])
     unit, scale, offset = normalize(mesh)
     volume = mesh_to_volume(unit, mesh.faces, resolution, thickness=settings["thickness"], scale=scale, offset=offset, y_up=mesh.y_up)
-    save_volume(volume, target)
+    part = target.with_name(f".{target.name}.part")
+    save_volume(volume, part)
+    part.rename(target)
     return target
 
 
@@ -157,7 +162,7 @@ class _Here(Executor):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 where nothing could be scored, 2 for a mistake on the command line."""
-    config, paths = parse("evaluate_vae", ("meshes", "weights", "out"), argv, required=("meshes", "out"))
+    config, paths = parse("evaluate_vae", ("meshes", "weights", "volumes", "out"), argv, required=("meshes", "out"))
     out = Path(paths["out"])
     weights = paths.get("weights", "default")
     try:
@@ -167,8 +172,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: weights: {error}", file=sys.stderr)
         return 2
-    for folder in ("volumes", "meshes", "pictures"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    if "volumes" not in paths:
+        shutil.rmtree(out / "volumes", ignore_errors=True)  # those of an earlier call may have other settings
+    volumes = Path(paths.get("volumes", out / "volumes"))
+    for folder in (volumes, out / "meshes", out / "pictures"):
+        folder.mkdir(parents=True, exist_ok=True)
     versions = [f"{name} {optional_import(name).__version__}" for name in ("numpy", "torch", "trimesh")]
     settings: dict[str, Any] = {name: config[name] for name in ("samples", "seed", "size", "grid", "pictures", "thickness", "y_up")}
     settings |= {"command": " ".join(["python -m reference_model.evaluate_vae", *(sys.argv[1:] if argv is None else argv)])}
@@ -180,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out: list[dict[str, Any]] = []
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.workers, spawn) if config.workers > 1 else _Here() as pool:
-        built = [pool.submit(build_volume, path, resolution, out, settings) for path, resolution in jobs]
+        built = [pool.submit(build_volume, path, resolution, volumes, settings) for path, resolution in jobs]
         waiting = []
         for (path, resolution), future in zip(jobs, built, strict=True):
             try:

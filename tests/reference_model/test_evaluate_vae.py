@@ -71,6 +71,17 @@ def test_scores_of_a_moved_surface(inputs, tmp_path, workers, resolution, pruned
     assert "Gap to the ceiling" in text and text.count("| rod.obj |") == 2 * len(resolutions)
 
 
+def test_volumes_are_kept(inputs, tmp_path, monkeypatch):
+    common = [f"meshes={inputs / 'rod.obj'}", f"out={tmp_path / 'out'}", f"weights={tmp_path / 'w.safetensors'}", "pictures=false"]
+    common += ["resolution=384", "samples=500", "size=64", "grid=32"]
+    made, build = [], evaluate_vae.mesh_to_volume
+    monkeypatch.setattr(evaluate_vae, "mesh_to_volume", lambda *a, **k: made.append(1) or build(*a, **k))
+    for arguments, count in ((["volumes=" + str(tmp_path / "v")], 1), (["volumes=" + str(tmp_path / "v")], 1), ([], 2), ([], 3)):
+        assert evaluate_vae.main([*common, *arguments]) == 0
+        assert len(made) == count
+    assert [path.name for path in (tmp_path / "v").iterdir()] == ["rod.obj_384.safetensors"]
+
+
 def test_open_meshes_do_not_count_as_gaps():
     score = {"f1@0.005": 1.0, "f1@0.001": 1.0, "f1@0.0002": 1.0, "normal_consistency": 1.0, "area_ratio": 1.0, "components": 1, "genus": 0}
     rows = [{"resolution": 256, "closed": closed, "scores": {"result": score, "ceiling": score}} for closed in (True, False)]

@@ -1,4 +1,4 @@
-"""Families of made things: gears, brackets, bolts, wheels, furniture, lattices, sheets and thin walls."""
+"""Families of made things: gears, brackets, bolts, wheels, furniture, lattices, sheets, thin walls and blades."""
 
 import math
 from types import SimpleNamespace
@@ -16,8 +16,10 @@ from reference_model.shapes_kit import (
     family,
     largest,
     polygon,
+    rings,
     rod,
     superellipse,
+    tube,
     union,
 )
 
@@ -245,7 +247,26 @@ def tray(p: SimpleNamespace, rng: np.random.Generator) -> Solid:
     return solid - union(slots[: int(rng.integers(1, 6))]) if rng.random() < 0.5 else solid
 
 
+@family(
+    width=(0.03, 0.2), thickness=(0.002, 0.02), exponent=(0.9, 3.0), tip=(0.05, 0.8),
+    bend=(0.0, 0.5), twist=(0.0, 1.2), grip=(0.03, 0.08), guard=(0.05, 0.3),
+)
+def blade(p: SimpleNamespace, rng: np.random.Generator) -> Solid:
+    """Blades thinner than the voxels of most grids, of diamond to flat section: a sword, or up to four round a hub."""
+    t = np.linspace(0, 1, 96)
+    path = np.stack([2 * t, p.bend * t**2, 0.3 * p.bend * np.sin(3 * t)], 1)
+    size = (1 - (1 - p.tip) * t ** rng.uniform(1, 4)) * np.minimum(1, 8 * (1 - t) + 0.1)
+    angle = p.twist * t
+    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2) * size[:, None, None]
+    solid = tube(rings(path, superellipse(p.width, p.thickness, p.exponent, 48) @ turn))
+    blades = int(rng.integers(1, 5))
+    if blades > 1:
+        return union([solid.rotate([0, 0, 360.0 * i / blades]) for i in range(blades)] + [ball(2.5 * p.grip)])
+    guard, pommel = box(0.06, 2 * p.guard, 2.5 * p.grip), ball(1.4 * p.grip).translate([-0.5, 0, 0])
+    return union([solid, rod((-0.5, 0, 0), (0.1, 0, 0), p.grip), guard, pommel])
+
+
 PARTS = {
     "gear": gear, "bracket": bracket, "bolt": bolt, "wheel": wheel, "furniture": furniture,
-    "lattice": lattice, "minimal": minimal, "fins": fins, "tray": tray,
+    "lattice": lattice, "minimal": minimal, "fins": fins, "tray": tray, "blade": blade,
 }

@@ -29,7 +29,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def draw(paths: Sequence[Path], out: Path) -> None:
-    """Losses over steps, both logarithmic: lines of the batches (50 steps a point as logged), circles of the held-out meshes (EMA)."""
+    """Losses over steps, both logarithmic: lines of the batches as logged, circles of the held-out meshes (EMA)."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -9,7 +9,6 @@ are explained in `reference_model.metrics.compare`.
 import json
 import multiprocessing
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -41,10 +40,10 @@ _SCORES = {
 }  # fmt: skip
 
 
-def build_volume(path: Path, resolution: int, folder: Path, settings: Mapping[str, Any]) -> Path:
-    """The volume of a mesh file, as a file of its own in the folder, made unless it is there; MeshError as `load_mesh`."""
+def build_volume(path: Path, resolution: int, folder: Path, settings: Mapping[str, Any], kept: bool = False) -> Path:
+    """The volume of a mesh file, as a file of its own in the folder; kept: made unless it is there. MeshError as `load_mesh`."""
     target = folder / f"{path.name}_{resolution}.safetensors"
-    if target.exists():
+    if kept and target.exists():
         return target
     mesh = load_mesh(path, settings["y_up"])
     unit, scale, offset = normalize(mesh)
@@ -172,8 +171,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: weights: {error}", file=sys.stderr)
         return 2
-    if "volumes" not in paths:
-        shutil.rmtree(out / "volumes", ignore_errors=True)  # those of an earlier call may have other settings
     volumes = Path(paths.get("volumes", out / "volumes"))
     for folder in (volumes, out / "meshes", out / "pictures"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out: list[dict[str, Any]] = []
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.workers, spawn) if config.workers > 1 else _Here() as pool:
-        built = [pool.submit(build_volume, path, resolution, volumes, settings) for path, resolution in jobs]
+        built = [pool.submit(build_volume, path, resolution, volumes, settings, "volumes" in paths) for path, resolution in jobs]
         waiting = []
         for (path, resolution), future in zip(jobs, built, strict=True):
             try:

@@ -110,6 +110,12 @@ def superellipse(width: float, height: float, exponent: float, count: int = 40) 
     return np.stack([width * radius * c, height * radius * s], 1)
 
 
+def twisted(section: NDArray, angle: NDArray, size: NDArray) -> NDArray[np.float64]:
+    """Copies [N,K,2] of a section [K,2], each turned by its angle [N] and scaled by its size [N]."""
+    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2)
+    return section @ (turn * size[:, None, None])
+
+
 def spline(points: NDArray, count: int, closed: bool = False) -> NDArray[np.float64]:
     """[count,D] points of a cubic spline through [N,D]."""
     CubicSpline = optional_import("scipy.interpolate").CubicSpline

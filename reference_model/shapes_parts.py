@@ -20,6 +20,7 @@ from reference_model.shapes_kit import (
     rod,
     superellipse,
     tube,
+    twisted,
     union,
 )
 
@@ -257,8 +258,7 @@ def blade(p: SimpleNamespace, rng: np.random.Generator) -> Solid:
     path = np.stack([2 * t, p.bend * t**2, 0.3 * p.bend * np.sin(3 * t)], 1)
     size = (1 - (1 - p.tip) * t ** rng.uniform(1, 4)) * np.minimum(1, 8 * (1 - t) + 0.1)
     angle = p.twist * t
-    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2) * size[:, None, None]
-    solid = tube(rings(path, superellipse(p.width, p.thickness, p.exponent, 48) @ turn))
+    solid = tube(rings(path, twisted(superellipse(p.width, p.thickness, p.exponent, 48), angle, size)))
     blades = int(rng.integers(1, 5))
     if blades > 1:
         return union([solid.rotate([0, 0, 360.0 * i / blades]) for i in range(blades)] + [ball(2.5 * p.grip)])

@@ -21,6 +21,7 @@ from reference_model.shapes_kit import (
     spline,
     superellipse,
     tube,
+    twisted,
     union,
 )
 
@@ -100,8 +101,7 @@ def sweep(p: SimpleNamespace, rng: np.random.Generator) -> Solid:
     path = spline(knots, count)
     slim = min(1.0, 0.8 * room(path) / math.hypot(p.width, p.height))
     angle, size = p.twist * np.linspace(0, 1, count), slim * np.linspace(1, p.taper, count)
-    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2) * size[:, None, None]
-    sections = superellipse(p.width, p.height, p.exponent) @ turn
+    sections = twisted(superellipse(p.width, p.height, p.exponent), angle, size)
     solid = tube(rings(path, sections))
     if p.hollow > 0.35:
         along = path.copy()
@@ -126,8 +126,7 @@ def knot(p: SimpleNamespace, rng: np.random.Generator) -> Solid:
     thick = min(p.tube_radius, 0.8 * room(path, closed=True) / (1 + p.swell))
     size = thick * (1 + p.swell * np.sin(through * t))
     angle = np.round(p.twist) * t
-    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2) * size[:, None, None]
-    return tube(rings(path, superellipse(1.0, p.flatten, p.exponent, 40) @ turn, closed=True), closed=True)
+    return tube(rings(path, twisted(superellipse(1.0, p.flatten, p.exponent, 40), angle, size), closed=True), closed=True)
 
 
 @family(

@@ -19,7 +19,7 @@ from reference_model.dataset import VolumeBatch
 from reference_model.vae_decoder import HALO, Decoder
 from reference_model.vae_encoder import Encoder, EncoderPlan
 from reference_model.vae_flops import forward_flops
-from reference_model.vae_grid import check_latents, slot_coords
+from reference_model.vae_grid import check_latents, children_of_slots
 from reference_model.vae_loss import Targets, kl_divergence, make_targets, occupancy_loss, reconstruction_terms
 from reference_model.vae_patch import COEFFICIENTS, fit_patches
 from reference_model.volume import CELL
@@ -151,8 +151,7 @@ class SparseVAE(nn.Module):
         terms["kl"] = kl_divergence(posterior.mean, posterior.logvar)
         weights = {"in": c.lambda_in, "ext": c.lambda_ext, "sharp": c.lambda_sharp, "kl": c.lambda_kl}
         if c.occupancy:
-            child = slot_coords(CELL, latents.device) @ torch.tensor([64, 8, 1], device=latents.device)
-            terms["occupancy"] = occupancy_loss(logits, targets.band[:, child])
+            terms["occupancy"] = occupancy_loss(logits, targets.band[:, children_of_slots(latents.device)])
             weights["occupancy"] = c.lambda_occupancy
         terms["total"] = torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
         return terms

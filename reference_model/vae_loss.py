@@ -41,8 +41,9 @@ def make_targets(batch: VolumeBatch, ext_target: str = "sign") -> Targets:
 
 def reconstruction_terms(predicted: Tensor, targets: Targets) -> dict[str, Tensor]:
     """Mean squared errors "in", "ext", "sharp" of predicted [L,512]; float32 scalars. Beyond a target of ±1 there is no error."""
-    beyond = (targets.values.abs() >= 1) & (predicted.float() * targets.values > 1)
-    squared = (predicted.float() - targets.values).square().masked_fill(beyond, 0)
+    predicted = predicted.float()
+    beyond = (targets.values.abs() >= 1) & (predicted * targets.values > 1)
+    squared = (predicted - targets.values).square().masked_fill(beyond, 0)
     sets = {"in": targets.band, "ext": ~targets.band, "sharp": targets.sharp}
     return {name: torch.where(chosen, squared, 0).sum() / chosen.sum().clamp(min=1) for name, chosen in sets.items()}
 

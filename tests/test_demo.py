@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from matplotlib.colors import to_rgb
 
 import ssa
 from benchmarks.voxels import surface_voxels
-from examples import ablate_vae, demo, picture, round_trip
+from examples import ablate_vae, demo, picture, plot_training, round_trip
 from reference_model.cli import parse
 from reference_model.vae import VAEConfig
 
@@ -110,6 +111,17 @@ def test_round_trip_scores_and_draws_what_the_network_gives(monkeypatch, tmp_pat
 def test_round_trip_without_weights_says_so(tmp_path):
     with pytest.raises(ValueError, match="no weights at"):
         round_trip.round_trip(tmp_path / "ball.ply", tmp_path / "ball.png", weights=str(tmp_path / "none.safetensors"))
+
+
+def test_runs_are_drawn_one_after_another(tmp_path):
+    rows = [{"step": s, "kind": k, "in": 1 / s, "total": 2 / s} for s in (10, 20) for k in ("train", "validation")]
+    logs = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for log in logs:
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 30, "ki')
+    joined, starts = plot_training.read_runs(logs)
+    assert starts == [0, 20] and [row["step"] for row in joined] == [10, 10, 20, 20, 30, 30, 40, 40]
+    plot_training.draw(logs, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5_000
 
 
 def test_every_variant_of_the_ablation_is_a_model_and_has_a_row():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference_model.optimizers import Optimizers, StackedMuon
 from reference_model.train_settings import TrainSettings
@@ -64,6 +65,28 @@ def test_steps_are_those_of_torch() -> None:
             optimizer.step()
     for p, q, x in zip(ours, theirs, start, strict=True):
         assert (p - q).abs().max() < 0.02 * (q - x).abs().max()
+
+
+def test_matrices_of_a_shape_share_operations() -> None:
+    """As counted by the dispatcher, without views."""
+
+    class Count(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.operations += not function.is_view
+            return function(*args, **(kwargs or {}))
+
+    def count(optimizer: torch.optim.Optimizer) -> int:
+        optimizer.step()
+        with Count() as counted:
+            optimizer.step()
+        return counted.operations
+
+    weights = [torch.randn(16, 32) for _ in range(20)]
+    for weight in weights:
+        weight.grad = torch.randn(16, 32)
+    assert count(StackedMuon(weights, 0.1, 0.0)) < 0.1 * count(torch.optim.Muon(weights, 0.1, 0.0))
 
 
 def test_the_rest_takes_steps_of_adamw() -> None:

@@ -54,7 +54,7 @@ def run_variant(options: argparse.Namespace, names: str, variant: tuple[str, tup
     schedule = [f"trainer.minutes={options.minutes}", f"trainer.schedule_minutes={options.minutes}", "trainer.validate_every=100000"]
     if not (out / "scores" / "scores.json").exists():
         command("train_vae", *BASE, *schedule, *training, f"prepared={options.prepared}", f"out={out}", f"workers={options.workers}")
-        paths = [f"meshes={options.meshes}", f"weights={out / 'weights.safetensors'}", f"out={out / 'scores'}"]
+        paths = [f"meshes={options.meshes}", f"weights={out / 'weights.safetensors'}", f"out={out / 'scores'}", f"volumes={options.out / 'volumes'}"]
         more = ["resolution=[256]", f"names=[{names}]", f"workers={options.workers}", "pictures=false"]
         command("evaluate_vae", *paths, *more, *scoring)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

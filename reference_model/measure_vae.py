@@ -80,7 +80,7 @@ def train_step(model: SparseVAE, batch: VolumeBatch, crop: int | None) -> None:
 
 def measure_one(model: SparseVAE, volume: Volume, config: Any, device: torch.device) -> list[dict[str, Any]]:
     """Rows of one volume: train, encode and decode at each precision."""
-    batch = collate_volumes([volume])
+    batch = collate_volumes([volume]).to(device)
     facts = {"resolution": volume.resolution, "latents": len(volume.latents), "voxels": len(volume.coords)}
     rows = []
     crop = config.crop_latents if volume.resolution >= config.crop_from else None

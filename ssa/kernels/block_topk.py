@@ -22,67 +22,108 @@ from .common import block_d, load_rows, load_tile, precision, tile_maps
 from .inner import exp_shared, exponent_unit
 from .launch import cdiv, launcher
 
-SCRATCH = 256 * 2**20
+SCRATCH = 512 * 2**20
 GROUP = tl.constexpr(16)
 TOPK = dict(ROWS=32, BLOCK_S=32, num_warps=1)  # queries a program of the top-k, scores of each that it reads at once
 
 
+PARTS = 8  # programs that share the columns of a tile of queries
+RESIDENT = 64 * 2**10  # bytes of queries that a program keeps in shared memory
+
+
 def _config(head_dim: int, dtype: torch.dtype, group: int) -> dict[str, int]:
+    """H200, 2026-11-26."""
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_J=32, HEADS=1, SHARE=0, num_warps=4, num_stages=1)
-    if head_dim > 32:
-        registers = dict(maxnreg=128) if head_dim <= 64 else {}
-        return dict(BLOCK_M=64, BLOCK_J=128, HEADS=1, SHARE=4, num_warps=8, num_stages=3, **registers)
-    # H200, 2026-11-22: three programs a multiprocessor
-    return dict(BLOCK_M=64, BLOCK_J=64, HEADS=2 if group % 2 == 0 else 1, SHARE=4, num_warps=4, num_stages=3, maxnreg=168)
+    if group % 2:
+        tile = dict(BLOCK_M=64, BLOCK_J=64, HEADS=1, num_warps=4)
+    else:
+        tile = dict(BLOCK_M=32, BLOCK_J=128, HEADS=2, num_warps=8) if head_dim > 32 else dict(BLOCK_M=32, BLOCK_J=64, HEADS=2, num_warps=4)
+    return dict(**tile, SHARE=4, num_stages=2, **(dict(maxnreg=128) if head_dim <= 64 else {}))
+
+
+@triton.jit
+def _query_and_head(HEADS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of each row of a tile: the heads of a query lie in rows that one thread of a matrix instruction holds, bits 3 and 6."""
+    r = tl.arange(0, HEADS * BLOCK_M)
+    if HEADS == 1:
+        query, head = r, r * 0
+    elif HEADS == 2:
+        query, head = r // 16 * 8 + r % 8, r // 8 % 2
+    else:
+        tl.static_assert(HEADS == 4 and BLOCK_M == 32)
+        query, head = r // 16 % 4 * 8 + r % 8, r // 64 * 2 + r // 8 % 2
+    return query, head
+
+
+@triton.jit
+def _scores(
+    q, k, lse, unit, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_J] sum over heads of exp(q k − lse), lse in the unit of `exp_of`."""
+    p = exp_shared(q, tl.dot(q, k.T, input_precision=PRECISION) * unit - lse[:, None], HEADS * BLOCK_M, BLOCK_J, SHARE)
+    if HEADS > 1:
+        p = tl.sum(tl.reshape(p, [HEADS * BLOCK_M // 16, 2, 8, BLOCK_J]), 1)
+    if HEADS > 2:
+        p = tl.sum(tl.reshape(p, [2, 4, 8, BLOCK_J]), 0)
+    return tl.reshape(p, [BLOCK_M, BLOCK_J])
 
 
 @launcher
-@triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "num_tokens"])
+@triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "num_tokens", "parts"])
 def _score_kernel(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, best_ptr, cu_blocks_ptr, child_offsets_ptr, fill_order_ptr, tiles_ptr, scale, tile0,
-    num_tiles, chunk_tiles, num_blocks, num_groups, num_tokens, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, HEADS: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, best_ptr, cu_blocks_ptr, child_offsets_ptr, fill_order_ptr, tiles_ptr, scale, tile0, num_tiles,
+    chunk_tiles, num_blocks, num_groups, num_tokens, parts, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, HEADS: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
+    """KEEP: the queries of all heads stay in shared memory while the keys of many columns pass by; else they are read for each."""
     G: tl.constexpr = HQ // HKV
     pid = tl.program_id(0)
-    local, kv, column = pid % chunk_tiles, pid // chunk_tiles % HKV, pid // (chunk_tiles * HKV)
+    local, kv, part = pid % chunk_tiles, pid // chunk_tiles % HKV, pid // (chunk_tiles * HKV)
     sample, first, count = load_tile(tiles_ptr, tile0 + local, num_tiles)
     block0, block_end = tl.load(cu_blocks_ptr + sample), tl.load(cu_blocks_ptr + sample + 1)
-    if (count > 0) & (block0 + column * BLOCK_J < block_end):
+    if (count > 0) & (block0 + part * BLOCK_J < block_end):
         m = tl.arange(0, BLOCK_M)
-        j = block0 + column * BLOCK_J + tl.arange(0, BLOCK_J)
-        real = j < block_end
-        block = tl.load(fill_order_ptr + j, mask=real, other=0)
-        child = tl.load(child_offsets_ptr + block, mask=real, other=0)
-        children = tl.load(child_offsets_ptr + block + 1, mask=real, other=0) - child
+        query, head = _query_and_head(HEADS, BLOCK_M)
+        valid = query < count
         q_ptr += (first.to(tl.int64) * HQ + kv * G) * D
         lse_ptr += (kv * G).to(tl.int64) * num_tokens + first
-        r = tl.arange(0, HEADS * BLOCK_M)
-        rows_valid = r % BLOCK_M < count
-        row = (r % BLOCK_M * HQ + r // BLOCK_M) * D
-        lse_at = r // BLOCK_M * num_tokens.to(tl.int64) + r % BLOCK_M
-        acc = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
+        row = (query * HQ + head) * D
+        lse_at = head * num_tokens.to(tl.int64) + query
         unit, lse_unit = exponent_unit(tl.zeros([1], q_ptr.dtype.element_ty), scale)
-        for slot in range(0, tl.max(children, 0)):
-            # an absent child is one that exists, times 0: its exp is finite
-            at = child + tl.minimum(slot, children - 1)
-            has = (slot < children).to(tl.float32)
-            k = load_rows(k_ptr, (at.to(tl.int64) * HKV + kv) * D, real, D, BLOCK_D)
-            for h in range(0, G, HEADS):
-                q = load_rows(q_ptr + h * D, row, rows_valid, D, BLOCK_D)
-                lse = tl.load(lse_ptr + h * num_tokens.to(tl.int64) + lse_at, mask=rows_valid, other=float("inf"))
-                s = tl.dot(q, k.T, input_precision=PRECISION) * unit - (lse * lse_unit)[:, None]
-                p = tl.reshape(exp_shared(q, s, HEADS * BLOCK_M, BLOCK_J, SHARE), [HEADS, BLOCK_M, BLOCK_J])
-                acc += tl.sum(p, 0) * has[None, :]
+        qs, lses = (), ()
+        if KEEP:
+            for h in tl.static_range(0, G, HEADS):
+                qs += (load_rows(q_ptr + h * D, row, valid, D, BLOCK_D),)
+                lses += (tl.load(lse_ptr + h * num_tokens.to(tl.int64) + lse_at, mask=valid, other=float("inf")) * lse_unit,)
         stride = chunk_tiles * BLOCK_M
         scores_ptr += (kv * num_blocks).to(tl.int64) * stride + local * BLOCK_M
-        tl.store(scores_ptr + (j * stride)[None, :] + m[:, None], acc, mask=real[None, :])
-        acc = tl.where(real[None, :] & (acc >= 0.0), acc, -1.0)  # NaN too
-        best = tl.max(tl.reshape(acc, [BLOCK_M, BLOCK_J // GROUP, GROUP]), 2)
-        group = column * (BLOCK_J // GROUP) + tl.arange(0, BLOCK_J // GROUP)
         best_ptr += (kv * num_groups).to(tl.int64) * stride + local * BLOCK_M
-        tl.store(best_ptr + (group * stride)[None, :] + m[:, None], best, mask=(group < num_groups)[None, :])
+        for column in range(part, tl.cdiv(block_end - block0, BLOCK_J), parts):
+            j = block0 + column * BLOCK_J + tl.arange(0, BLOCK_J)
+            real = j < block_end
+            block = tl.load(fill_order_ptr + j, mask=real, other=0)
+            child = tl.load(child_offsets_ptr + block, mask=real, other=0)
+            children = tl.load(child_offsets_ptr + block + 1, mask=real, other=0) - child
+            acc = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
+            for slot in range(0, tl.max(children, 0)):
+                # an absent child is one that exists, times 0: its exp is finite
+                at = child + tl.minimum(slot, children - 1)
+                has = (slot < children).to(tl.float32)
+                k = load_rows(k_ptr, (at.to(tl.int64) * HKV + kv) * D, real, D, BLOCK_D)
+                if KEEP:
+                    for i in tl.static_range(0, G // HEADS):
+                        acc += _scores(qs[i], k, lses[i], unit, HEADS, BLOCK_M, BLOCK_J, SHARE, PRECISION) * has[None, :]
+                else:
+                    for h in range(0, G, HEADS):
+                        q = load_rows(q_ptr + h * D, row, valid, D, BLOCK_D)
+                        lse = tl.load(lse_ptr + h * num_tokens.to(tl.int64) + lse_at, mask=valid, other=float("inf")) * lse_unit
+                        acc += _scores(q, k, lse, unit, HEADS, BLOCK_M, BLOCK_J, SHARE, PRECISION) * has[None, :]
+            tl.store(scores_ptr + (j * stride)[None, :] + m[:, None], acc, mask=real[None, :])
+            acc = tl.where(real[None, :] & (acc >= 0.0), acc, -1.0)  # NaN too
+            best = tl.max(tl.reshape(acc, [BLOCK_M, BLOCK_J // GROUP, GROUP]), 2)
+            group = column * (BLOCK_J // GROUP) + tl.arange(0, BLOCK_J // GROUP)
+            tl.store(best_ptr + (group * stride)[None, :] + m[:, None], best, mask=(group < num_groups)[None, :])
 
 
 @triton.jit
@@ -230,7 +271,8 @@ def block_topk(
         (tiles,) = tile_maps(topk_map(q, k_cmp, cu_seqlens, config))
     num_tiles = tiles.shape[2]
     lse = lse.float().t().contiguous()  # [Hq, T]
-    columns = cdiv(num_blocks, config["BLOCK_J"])
+    parts = min(PARTS, cdiv(num_blocks, config["BLOCK_J"]))
+    keep = q.dtype != torch.float32 and hq // hkv * block_m * d * q.element_size() <= RESIDENT
     num_groups = cdiv(num_blocks, GROUP.value)
     listable = min(topk, num_groups) * GROUP.value
     chunk = max(1, min(num_tiles, SCRATCH // (4 * hkv * (num_blocks + num_groups + 2 * listable) * block_m)))
@@ -240,9 +282,9 @@ def block_topk(
     listed = torch.empty(hkv, listable, chunk * block_m, dtype=torch.int32, device=device)
     for tile0 in range(0, num_tiles, chunk):
         n = min(chunk, num_tiles - tile0)
-        _score_kernel[(n * hkv * columns,)](
+        _score_kernel[(n * hkv * parts,)](
             q, k_cmp, lse, scores, best, cu_blocks, child_offsets, fill_order, tiles, scale, tile0, num_tiles, n, num_blocks, num_groups, t,
-            HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q), **config, **launch,
+            parts, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q), KEEP=keep, **config, **launch,
         )  # fmt: skip
         _topk_kernel[(n * hkv * (block_m // TOPK["ROWS"]),)](
             scores, best, listed_scores, listed, ids, cu_blocks, fill_order, tiles, tile0, num_tiles, n, num_blocks, num_groups, listable,

@@ -24,20 +24,25 @@ from .inner import dq_keys, forward_rows, packed_rows
 from .launch import cdiv, launcher
 from .varlen_attention import largest_norm, launch_dkv
 
-SCRATCH = 160 * 2**20
+SCRATCH = 320 * 2**20
 MAX_SPLITS = 4
+UNROLL = tl.constexpr(4)  # slots whose partial results are read at once
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch settings, H200, 2026-11-22."""
+    """Tile sizes and launch settings, H200, 2026-11-26. ENTRIES 64: three programs a multiprocessor."""
+    stream = {} if kernel == "dkv" else dict(ENTRIES=0)
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1) | (dict(ENTRIES=0) if kernel == "fwd" else {})
+        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1, **stream)
     if kernel == "dkv":
         return dict(BLOCK_M=128 if head_dim <= 64 else 64, BLOCK_N=64, num_warps=4, num_stages=2)
-    setting = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=3)
-    if kernel == "fwd" and head_dim <= 64:
-        return dict(**setting, ENTRIES=64, maxnreg=168)  # H200, 2026-11-26: three programs a multiprocessor
-    return dict(**setting, ENTRIES=0) if kernel == "fwd" else setting
+    resident = dict(ENTRIES=64, maxnreg=168) if head_dim <= 64 else stream
+    return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=3, **resident)
+
+
+def _entries(config: dict, group: int) -> int:
+    """Entries a program."""
+    return config["ENTRIES"] or config["BLOCK_M"] // group
 
 
 def chunk_queries(num_heads: int, head_dim: int, topk: int, itemsize: int) -> int:
@@ -101,6 +106,14 @@ def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, T
 
 
 @triton.jit
+def _resident_keys(k_ptr, v_ptr, key, end, kv, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    n = tl.arange(0, BLOCK_N)
+    base = (key.to(tl.int64) * HKV + kv) * D
+    k = load_rows(k_ptr + base, n * (HKV * D), key + n < end, D, BLOCK_D)
+    return k, load_rows(v_ptr + base, n * (HKV * D), key + n < end, D, BLOCK_D)
+
+
+@triton.jit
 def _resident_rows(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, kv, key, end, lo, hi, entry0, scale, GATHER: tl.constexpr, HQ: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FULL: tl.constexpr, LAST: tl.constexpr,
@@ -110,18 +123,12 @@ def _resident_rows(
     BLOCK_Q: tl.constexpr = BLOCK_M // G
     r = tl.arange(0, BLOCK_M)
     unit = scale * LOG2E
-    base = (key.to(tl.int64) * HKV + kv) * D
-    n = tl.arange(0, 64)
     if FULL > 0:
-        k0 = load_rows(k_ptr + base, n * (HKV * D), n, D, BLOCK_D, False)
-        v0 = load_rows(v_ptr + base, n * (HKV * D), n, D, BLOCK_D, False)
+        k0, v0 = _resident_keys(k_ptr, v_ptr, key, end, kv, HKV, D, BLOCK_D, 64)
     if FULL > 1:
-        k1 = load_rows(k_ptr + base, (64 + n) * (HKV * D), n, D, BLOCK_D, False)
-        v1 = load_rows(v_ptr + base, (64 + n) * (HKV * D), n, D, BLOCK_D, False)
-    n = FULL * 64 + tl.arange(0, LAST)
-    there = key + n < end
-    k = load_rows(k_ptr + base, n * (HKV * D), there, D, BLOCK_D)
-    v = load_rows(v_ptr + base, n * (HKV * D), there, D, BLOCK_D)
+        k1, v1 = _resident_keys(k_ptr, v_ptr, key + 64, end, kv, HKV, D, BLOCK_D, 64)
+    there = key + FULL * 64 + tl.arange(0, LAST) < end
+    k, v = _resident_keys(k_ptr, v_ptr, key + FULL * 64, end, kv, HKV, D, BLOCK_D, LAST)
     for start in range(lo, hi, BLOCK_Q):
         count = tl.minimum(hi - start, BLOCK_Q)
         valid = r // G < count
@@ -209,14 +216,14 @@ def _combine_kernel(
     valid = local < num_rows
     pair = local // G  # (query, kv head)
     m_i = tl.full([BLOCK_M], -float("inf"), part_lse_ptr.dtype.element_ty)
-    for slot in range(topk):
+    for slot in tl.range(topk, loop_unroll_factor=UNROLL):
         chosen = tl.load(ids_ptr + (row0 // G + pair) * topk + slot, mask=valid, other=-1) >= 0
         lse = tl.load(part_lse_ptr + (pair * topk + slot) * G + local % G, mask=chosen, other=-float("inf"))
         m_i = tl.maximum(m_i, lse)
     base = tl.where(m_i == -float("inf"), 0.0, m_i)
     l_i = tl.zeros([BLOCK_M], part_lse_ptr.dtype.element_ty)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for slot in range(topk):
+    for slot in tl.range(topk, loop_unroll_factor=UNROLL):
         chosen = tl.load(ids_ptr + (row0 // G + pair) * topk + slot, mask=valid, other=-1) >= 0
         entry = (pair * topk + slot) * G + local % G
         w = tl.exp(tl.load(part_lse_ptr + entry, mask=chosen, other=-float("inf")) - base)
@@ -228,26 +235,85 @@ def _combine_kernel(
     tl.store(lse_ptr + row0 + local, tl.where(empty, -float("inf"), m_i + tl.log(l_i)), mask=valid)
 
 
+@triton.jit
+def _resident_dq_tile(dq, q, do, lse, delta, k, v, unit, there):
+    p = tl.exp2(tl.dot(q, k.T) * unit - lse[:, None])
+    if there is not None:
+        p = tl.where(there[None, :], p, 0.0)
+    ds = p * (tl.dot(do, v.T) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq)
+
+
+@triton.jit
+def _resident_dq(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_ptr, entries_ptr, kv, key, end, lo, hi, entry0, scale, GATHER: tl.constexpr,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FULL: tl.constexpr,
+    LAST: tl.constexpr,
+):  # fmt: skip
+    """As `_resident_rows`, for dq."""
+    G: tl.constexpr = HQ // HKV
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
+    r = tl.arange(0, BLOCK_M)
+    unit = scale * LOG2E
+    if FULL > 0:
+        k0, v0 = _resident_keys(k_ptr, v_ptr, key, end, kv, HKV, D, BLOCK_D, 64)
+    if FULL > 1:
+        k1, v1 = _resident_keys(k_ptr, v_ptr, key + 64, end, kv, HKV, D, BLOCK_D, 64)
+    there = key + FULL * 64 + tl.arange(0, LAST) < end
+    k, v = _resident_keys(k_ptr, v_ptr, key + FULL * 64, end, kv, HKV, D, BLOCK_D, LAST)
+    for start in range(lo, hi, BLOCK_Q):
+        count = tl.minimum(hi - start, BLOCK_Q)
+        valid = r // G < count
+        entry = tl.load(entries_ptr + start + tl.minimum(r // G, count - 1))
+        head = (entry.to(tl.uint32) // GATHER).to(tl.int64) * HQ + (kv * G + r % G)
+        q = load_rows(q_ptr, head * D, valid, D, BLOCK_D, False)
+        do = load_rows(do_ptr, head * D, valid, D, BLOCK_D, False)
+        lse = tl.load(lse_ptr + head) * LOG2E
+        delta = tl.load(delta_ptr + head)
+        dq = _resident_dq_tile(tl.zeros([BLOCK_M, BLOCK_D], tl.float32), q, do, lse, delta, k, v, unit, there)
+        if FULL > 0:
+            dq = _resident_dq_tile(dq, q, do, lse, delta, k0, v0, unit, None)
+        if FULL > 1:
+            dq = _resident_dq_tile(dq, q, do, lse, delta, k1, v1, unit, None)
+        out = (entry - entry0).to(tl.int64) * G + r % G
+        store_rows(part_ptr, out * D, dq * scale, valid, D, BLOCK_D)
+
+
 @launcher
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
     entry0, TOPK: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     bucket, first, count = load_tile(tiles_ptr, tl.program_id(0), num_tiles)
     if count > 0:
         kv, block = bucket // num_blocks, bucket % num_blocks
         lo, hi = tl.load(offsets_ptr + block), tl.load(offsets_ptr + block + 1)
-        valid, head = packed_rows(entries_ptr, first, count, kv, HQ, G, BLOCK_M, HKV * TOPK)
-        q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
-        do = load_rows(do_ptr, head * D, valid, D, BLOCK_D)
-        lse = tl.load(lse_ptr + head, mask=valid, other=float("inf"))
-        delta = tl.load(delta_ptr + head, mask=valid, other=0.0)
-        dq = dq_keys(q, do, lse, delta, k_ptr, v_ptr, None, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, PRECISION)
-        out = _partial_rows(entries_ptr, first, valid, entry0, G, BLOCK_M)
-        store_rows(part_ptr, out * D, dq, valid, D, BLOCK_D)
+        if ENTRIES > 0 and q_ptr.dtype.element_ty != tl.float32 and hi - lo <= 192:
+            tensors = (q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_ptr, entries_ptr)
+            where = (kv, lo, hi, first, first + count, entry0, scale)
+            if hi - lo <= 64:
+                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 64)
+            elif hi - lo <= 128:
+                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 1, 64)
+            elif hi - lo <= 160:
+                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 2, 32)
+            else:
+                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 2, 64)
+        else:
+            for start in range(first, first + count, BLOCK_M // G):
+                valid, head = packed_rows(
+                    entries_ptr, start, tl.minimum(first + count - start, BLOCK_M // G), kv, HQ, G, BLOCK_M, HKV * TOPK
+                )
+                q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
+                do = load_rows(do_ptr, head * D, valid, D, BLOCK_D)
+                lse = tl.load(lse_ptr + head, mask=valid, other=float("inf"))
+                delta = tl.load(delta_ptr + head, mask=valid, other=0.0)
+                dq = dq_keys(q, do, lse, delta, k_ptr, v_ptr, None, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, PRECISION)
+                out = _partial_rows(entries_ptr, start, valid, entry0, G, BLOCK_M)
+                store_rows(part_ptr, out * D, dq, valid, D, BLOCK_D)
 
 
 @launcher
@@ -260,7 +326,7 @@ def _sum_slots_kernel(
     valid = local < num_rows
     pair = local // G
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for slot in range(topk):
+    for slot in tl.range(topk, loop_unroll_factor=UNROLL):
         chosen = tl.load(ids_ptr + (row0 // G + pair) * topk + slot, mask=valid, other=-1) >= 0
         acc += load_rows(part_ptr, ((pair * topk + slot) * G + local % G) * D, chosen, D, BLOCK_D).to(tl.float32)
     store_rows(dq_ptr, (row0 + local) * D, acc, valid, D, BLOCK_D, ACCUMULATE)
@@ -279,7 +345,7 @@ def selected_attention_forward(
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
     k_norm = None if config["ENTRIES"] else largest_norm(k)
-    share = config["ENTRIES"] or config["BLOCK_M"] * hkv // hq
+    share = _entries(config, hq // hkv)
     (tiles,) = tile_maps((chunks, min(chunk, t) * hkv * topk, share), chunks=cdiv(t, chunk))
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(min(chunk, t) * hq * topk, dtype=lse.dtype, device=q.device)
@@ -308,7 +374,7 @@ def selected_attention_backward(
         return dq, torch.empty_like(k), torch.empty_like(v)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
     config, config_k = configs[0] or _config("dq", d, q.dtype), configs[1] or _config("dkv", d, q.dtype)
-    of_queries = chunks, min(chunk, t) * hkv * topk, config["BLOCK_M"] * hkv // hq
+    of_queries = chunks, min(chunk, t) * hkv * topk, _entries(config, hq // hkv)
     tiles, tiles_k = tile_maps(of_queries, (offsets, t, config_k["BLOCK_N"]), chunks=cdiv(t, chunk))
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     for c in range(tiles.shape[0]):

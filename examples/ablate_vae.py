@@ -54,8 +54,9 @@ def run_variant(options: argparse.Namespace, names: str, variant: tuple[str, tup
     schedule = [f"trainer.minutes={options.minutes}", f"trainer.schedule_minutes={options.minutes}", "trainer.validate_every=100000"]
     if not (out / "scores" / "scores.json").exists():
         command("train_vae", *BASE, *schedule, *training, f"prepared={options.prepared}", f"out={out}", f"workers={options.workers}")
-        paths = [f"meshes={options.meshes}", f"weights={out / 'weights.safetensors'}", f"out={out / 'scores'}", f"volumes={options.out / 'volumes'}"]
-        more = ["resolution=[256]", f"names=[{names}]", f"workers={options.workers}", "pictures=false"]
+        paths = [f"meshes={options.meshes}", f"weights={out / 'weights.safetensors'}", f"out={out / 'scores'}"]
+        paths += [f"volumes={options.out / 'volumes'}", f"names=[{names}]"]
+        more = ["resolution=[256]", f"workers={options.workers}", "pictures=false"]
         command("evaluate_vae", *paths, *more, *scoring)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     gaps = json.loads((out / "scores" / "scores.json").read_text())["gaps"][0]
@@ -86,10 +87,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_args()
     held_out = ",".join(parse("train_vae", ("out",), [])[0].held_out)
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(partial(run_variant, options, held_out), [(name, VARIANTS[name]) for name in options.only]))
-    (options.out / "ablation.md").write_text(table(rows, options.minutes), encoding="utf-8")
-    print(table(rows, options.minutes))
+        for row in pool.map(partial(run_variant, options, held_out), [(name, VARIANTS[name]) for name in options.only]):
+            rows.append(row)
+            (options.out / "ablation.md").write_text(table(rows, options.minutes), encoding="utf-8")  # what is there, should it be stopped
+            print(table(rows, options.minutes).splitlines()[-1], flush=True)
 
 
 if __name__ == "__main__":

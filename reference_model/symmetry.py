@@ -1,5 +1,6 @@
 """The 48 symmetries of the cube, exact on volumes because voxel centres lie symmetric about 0."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import permutations, product
@@ -7,6 +8,7 @@ from itertools import permutations, product
 import torch
 from torch import Tensor
 
+from reference_model.dataset import VolumeBatch, collate_volumes
 from reference_model.tiles import CELL, lattice
 from reference_model.volume import Volume
 
@@ -57,6 +59,23 @@ def apply_symmetry(volume: Volume, index: int) -> Volume:
         inside=move(volume.inside),
         meta={**volume.meta, "symmetry": str(_find(matrix @ symmetries()[int(volume.meta.get("symmetry", 0))]))},
     )
+
+
+def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device | str, non_blocking: bool = False) -> VolumeBatch:
+    """A batch on the host → on the device, sample i moved by `apply_symmetry(…, indices[i])` there."""
+    voxels, cells = batch.cu_seqlens.tolist(), batch.cu_latents.tolist()
+    moved = batch.to(device, non_blocking)
+    if not any(indices):
+        return moved
+    turned = []
+    for i, index in enumerate(indices):
+        n, c = slice(voxels[i], voxels[i + 1]), slice(cells[i], cells[i + 1])
+        volume = Volume(
+            batch.resolution, moved.coords[n, 1:], moved.values[n], moved.sharp[n], moved.latents[c, 1:], moved.latent_index[n] - cells[i],
+            moved.inside[c], meta=batch.meta[i],
+        )  # fmt: skip
+        turned.append(apply_symmetry(volume, index))
+    return replace(collate_volumes(turned).to(device), dropped=batch.dropped)
 
 
 def _find(matrix: Tensor) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference_model.batches import BatchStream, PreparedSource, ShapeSource, Source
+from reference_model.batches import BatchStream, DrawnBatch, PreparedSource, ShapeSource, Source
 from reference_model.checkpoint import git_commit
 from reference_model.cli import optional_import, parse
 from reference_model.dataset import PreparedVolume, VolumeBatch, collate_volumes, find_prepared
@@ -44,7 +44,7 @@ class Data:
     overfit: VolumeBatch | None
     facts: dict[str, Any]
 
-    def batches(self, workers: int, start: int) -> Iterator[VolumeBatch]:
+    def batches(self, workers: int, start: int) -> Iterator[VolumeBatch | DrawnBatch]:
         return repeat(self.overfit) if self.overfit else self.stream.loader(start, workers)
 
 

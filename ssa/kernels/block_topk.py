@@ -94,8 +94,9 @@ def _score_kernel(
         qs, lses = (), ()
         if KEEP:
             for h in tl.static_range(0, G, HEADS):
-                qs += (load_rows(q_ptr + h * D, row, valid, D, BLOCK_D),)
-                lses += (tl.load(lse_ptr + h * num_tokens.to(tl.int64) + lse_at, mask=valid, other=float("inf")) * lse_unit,)
+                qs += (load_rows(q_ptr + h * D, row, valid, D, BLOCK_D),)  # type: ignore[assignment]
+                lse = tl.load(lse_ptr + h * num_tokens.to(tl.int64) + lse_at, mask=valid, other=float("inf"))
+                lses += (lse * lse_unit,)  # type: ignore[assignment]
         stride = chunk_tiles * BLOCK_M
         scores_ptr += (kv * num_blocks).to(tl.int64) * stride + local * BLOCK_M
         best_ptr += (kv * num_groups).to(tl.int64) * stride + local * BLOCK_M

@@ -10,7 +10,8 @@ import torch
 from analytic import sphere, volume_of
 
 from reference_model.batches import BatchStream, PreparedSource, ShapeSource
-from reference_model.dataset import PreparedVolume, VolumeBatch
+from reference_model.dataset import PreparedVolume, VolumeBatch, collate_volumes
+from reference_model.symmetry import apply_symmetry
 from reference_model.volume import RESAMPLING_MARGIN, Volume, load_volume, save_volume
 
 
@@ -35,17 +36,21 @@ def equal(a: VolumeBatch, b: VolumeBatch) -> bool:
     return all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
 
 
+def batch_of(stream: BatchStream, number: int) -> VolumeBatch:
+    return stream[number].to("cpu")
+
+
 STREAM = BatchStream([(Numbered((1, 4, 6)), 1.0)], (64, 64, 64, 128), tokens=10, max_tokens=5, seed=7)
 
 
 def test_a_batch_follows_from_its_number() -> None:
     again = replace(STREAM)
-    assert all(equal(STREAM[i], again[i]) for i in (0, 5, 3))
-    assert not equal(STREAM[0], STREAM[1]) and not equal(STREAM[0], replace(STREAM, seed=8)[0])
+    assert all(equal(batch_of(STREAM, i), batch_of(again, i)) for i in (0, 5, 3))
+    assert not equal(batch_of(STREAM, 0), batch_of(STREAM, 1)) and not equal(batch_of(STREAM, 0), batch_of(replace(STREAM, seed=8), 0))
 
 
 def test_batches_reach_the_budget_and_drop_large_volumes() -> None:
-    batches = [STREAM[i] for i in range(200)]
+    batches = [batch_of(STREAM, i) for i in range(200)]
     assert all(10 <= b.counts["tokens"] < 15 for b in batches)
     kinds = Counter(m["index"] for b in batches for m in b.meta)
     dropped = sum(b.counts["dropped"] for b in batches)
@@ -57,7 +62,7 @@ def test_batches_reach_the_budget_and_drop_large_volumes() -> None:
 
 def test_ranks_share_the_resolution_and_nothing_else() -> None:
     other = replace(STREAM, rank=1)
-    pairs = [(STREAM[i], other[i]) for i in range(20)]
+    pairs = [(batch_of(STREAM, i), batch_of(other, i)) for i in range(20)]
     assert all(a.resolution == b.resolution for a, b in pairs) and {a.resolution for a, _ in pairs} == {64, 128}
     assert not any(equal(a, b) for a, b in pairs)
 
@@ -65,12 +70,12 @@ def test_ranks_share_the_resolution_and_nothing_else() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_goes_on_anywhere(workers: int) -> None:
     batches = list(islice(STREAM.loader(4, workers), 5))
-    assert all(equal(batch, STREAM[4 + i]) for i, batch in enumerate(batches))
+    assert all(equal(batch.to("cpu"), batch_of(STREAM, 4 + i)) for i, batch in enumerate(batches))
 
 
 def test_weights_of_sources_and_hash() -> None:
     mixed = BatchStream([(Numbered((1,)), 3.0), (Numbered((2,)), 1.0), (Numbered((3,)), 0.0)], (64,), tokens=100, max_tokens=5)
-    counts = Counter(n for i in range(20) for n in mixed[i].cu_latents.diff().tolist())
+    counts = Counter(n for i in range(20) for n in batch_of(mixed, i).cu_latents.diff().tolist())
     assert counts[1] / counts[2] == pytest.approx(3, rel=0.2) and counts[3] == 0
     assert mixed.data_hash() == replace(mixed, seed=9, tokens=5).data_hash() != replace(mixed, resolutions=(128,)).data_hash()
     with pytest.raises(ValueError, match="sources need weights"):
@@ -90,7 +95,7 @@ def test_draws_that_make_no_volume_are_counted(monkeypatch) -> None:
     original = shapes.make_shape
     monkeypatch.setattr(shapes, "make_shape", make_shape)
     stream = BatchStream([(ShapeSource(("tray", "bracket"), 1), 1.0)], (64,), tokens=800, max_tokens=10**6)
-    batch = stream[1]
+    batch = batch_of(stream, 1)
     assert batch.counts["dropped"] > 0 and {m["source"] for m in batch.meta} == {"bracket_000000"}
     with pytest.raises(ValueError, match="200 draws in a row .* tray 0 at 64: makes no closed solid"):
         replace(stream, sources=[(ShapeSource(("tray",), 1), 1.0)])[0]
@@ -107,10 +112,13 @@ def test_prepared_volumes_come_at_their_resolution_and_turned(tmp_path) -> None:
     stored = load_volume(tmp_path / "128.safetensors")
     assert torch.equal(source.draw(np.random.default_rng(0), 128).values, stored.values)
     plain = BatchStream([(source, 1.0)], (128,), tokens=1, max_tokens=10**6, symmetries=False)
-    assert torch.equal(plain[3].values, stored.values)
-    turned = [replace(plain, symmetries=True)[i] for i in range(12)]
+    assert torch.equal(batch_of(plain, 3).values, stored.values)
+    turned = [batch_of(replace(plain, symmetries=True), i) for i in range(12)]
     motions = {b.meta[0]["symmetry"] for b in turned}
     assert len(motions) > 6 and all(len(b.values) == len(stored.values) for b in turned)
+    drawn = replace(plain, symmetries=True, tokens=2 * len(stored.latents))[5]
+    alone = collate_volumes([apply_symmetry(stored, index) for index in drawn.symmetries])
+    assert len(drawn.symmetries) == 2 and len(set(drawn.symmetries)) == 2 and equal(drawn.to("cpu"), alone)
     with pytest.raises(ValueError, match="needs volumes"):
         PreparedSource(())
 

@@ -5,22 +5,25 @@ import numpy as np
 from reference_model.cli import optional_import
 from reference_model.triangles import longest_edges, split_longest
 
-_BLOCK = 1 << 15  # points that share a tree
-_FEW = 128  # faces not worth another tree
+_BLOCK = 1 << 13  # points that share a tree
+_FEW = 64  # faces not worth another tree
 _LONG = 1 / 16
 _ACCURACY = 1.2  # of igl's accuracy scale, whose default is 2: four times as fast
 ROUGH = 0.2  # taken for the most that a rough winding number errs; the test of this file measures less
 
 
-def distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound: float) -> np.ndarray:
+def distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound: float, signed: bool = False) -> np.ndarray:
     """Distance [n] float64 from points [n,3] to the faces, which may be flat; NaN beyond `bound`.
 
-    Boxes of points are halved into blocks, each with a tree of the faces that may be near: a third faster than one tree of all.
+    Boxes of points are halved into blocks, each with a tree of the faces that may be near: two to three times as fast as one tree of all.
+    signed: negative inside faces that are closed and oriented, by pseudonormals, which the faces that meet at the nearest point make:
+    all of those are in its block, so that the result is that of one tree, bit for bit.
     """
     result = np.full(len(points), np.nan)
     if len(faces) == 0 or len(points) == 0:
         return result
     igl = optional_import("igl")
+    kind, least = (igl.SIGNED_DISTANCE_TYPE_PSEUDONORMAL, -bound) if signed else (igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0)
     a, b, c = (np.ascontiguousarray(vertices.T)[:, faces[:, i]] for i in range(3))
     low, high = np.minimum(np.minimum(a, b), c) - bound, np.maximum(np.maximum(a, b), c) + bound
     start, end = points.min(0), points.max(0)
@@ -38,7 +41,7 @@ def distance(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray, bound:
             continue
         used, local = np.unique(faces[face], return_inverse=True)
         local = local.reshape(-1, 3).astype(np.int64)
-        result[row] = igl.signed_distance(points[row], vertices[used], local, igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0, bound)[0]
+        result[row] = igl.signed_distance(points[row], vertices[used], local, kind, least, bound)[0]
     return result
 
 

@@ -78,8 +78,7 @@ class Surface:
 
     def signed(self, points: np.ndarray, bound: float) -> np.ndarray:
         """Signed distance [n] float64 of an exact surface, negative inside; NaN where it exceeds `bound` in magnitude."""
-        igl = optional_import("igl")
-        return igl.signed_distance(points, self.vertices, self.faces, igl.SIGNED_DISTANCE_TYPE_PSEUDONORMAL, -bound, bound)[0]
+        return distance(points, self.vertices, self.faces, bound, signed=True)
 
     def winding(self, points: np.ndarray, within: float | np.ndarray = np.inf) -> np.ndarray:
         """Winding number [n] float64 of the hull at points [n,3]; rough, and fast, where it is farther than `within` from 1/2 and -1/2."""

@@ -14,13 +14,16 @@ def knot() -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(mesh.vertices), np.asarray(mesh.faces)
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bound", [0.02, 0.3])
-def test_blocks_change_no_distance(bound: float) -> None:
+def test_blocks_change_no_distance(bound: float, signed: bool) -> None:
     vertices, faces = knot()
-    points = np.random.default_rng(0).uniform(-0.7, 0.7, (3 * module._BLOCK, 3))
-    plain = igl.signed_distance(points, vertices, faces, igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0, bound)[0]
-    assert 0.05 < np.isnan(plain).mean() < 0.99
-    np.testing.assert_array_equal(distance(points, vertices, faces, bound), plain)
+    points = np.random.default_rng(0).uniform(-0.7, 0.7, (5 * module._BLOCK, 3))
+    points[:1000] = vertices[:1000] * np.linspace(0.9, 1.1, 1000)[:, None]  # where a corner is the nearest point
+    kind, least = (igl.SIGNED_DISTANCE_TYPE_PSEUDONORMAL, -bound) if signed else (igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0)
+    plain = igl.signed_distance(points, vertices, faces, kind, least, bound)[0]
+    assert 0.05 < np.isnan(plain).mean() < 0.99 and (np.nanmin(plain) < 0) == signed
+    np.testing.assert_array_equal(distance(points, vertices, faces, bound, signed), plain)
 
 
 def test_the_edges() -> None:

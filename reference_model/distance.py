@@ -5,7 +5,7 @@ import numpy as np
 from reference_model.cli import optional_import
 from reference_model.triangles import longest_edges, split_longest
 
-_BLOCK = 1 << 13  # points that share a tree
+_BLOCK = 1 << 14  # points that share a tree
 _FEW = 64  # faces not worth another tree
 _LONG = 1 / 16
 _ACCURACY = 1.2  # of igl's accuracy scale, whose default is 2: four times as fast

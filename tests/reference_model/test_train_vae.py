@@ -109,7 +109,7 @@ def test_shapes_and_prepared_volumes_mix(tmp_path) -> None:
     data = load_data(config, {"prepared": str(tmp_path / "data")})
     assert data.facts["train"] == 2 and data.facts["held_out"] == ["spot"]
     assert [batch.meta[0]["source"] for batch in data.validation] == ["spot.ply"]
-    seen = {m["source"] for number in range(3) for m in data.stream[number].meta}
+    seen = {m["source"] for number in range(3) for m in data.stream[number].volumes.meta}
     assert seen <= {"part.ply", "large.ply", "tray_000000", "bracket_000000"} and len(seen) > 2
     tokens = sorted(v.tokens for v in data.stream.sources[0][0].volumes)
     limited = load_data({**config, "max_tokens": tokens[0]}, {"prepared": str(tmp_path / "data")})

@@ -1,7 +1,8 @@
 """What limits the VAE: the compact model trained for as many minutes in each variant, scored on the held-out meshes at 256.
 
 `python -m examples.ablate_vae --meshes DIR --prepared DIR --out DIR [--minutes 1] [--jobs 1]` → OUT/ablation.md; PREPARED as
-`examples/train_vae.sh` leaves it, the first variant with its model and optimiser at 256 alone. A scored variant is not trained again.
+`examples/train_vae.sh` leaves it, the first variant with its model and optimiser at 256 alone. A scored variant is not trained again,
+and the volumes of the held-out meshes in OUT/volumes are not made again: another MESHES needs another OUT.
 """
 
 from __future__ import annotations

@@ -113,10 +113,10 @@ def load_at(path: Path, resolution: int) -> Volume:
 
 @dataclass(frozen=True)
 class DrawnBatch:
-    """A batch as workers make it; `to` turns each volume where it is wanted: milliseconds on a GPU, 6 s at 1024 on a CPU."""
+    """A batch as workers make it; `to` turns the volumes where they are wanted, since at 1024 that takes a worker 6 s each."""
 
     volumes: VolumeBatch
-    symmetries: tuple[int, ...]  # of each volume
+    symmetries: tuple[int, ...]  # of each volume; none: they stay as they are
 
     @property
     def counts(self) -> dict[str, int]:
@@ -178,7 +178,8 @@ class BatchStream(Dataset[DrawnBatch]):
                     raise ValueError(f"{_PATIENCE} draws in a row at {resolution=} cannot be used, the last one for {reason}")
                 continue
             volumes.append(volume)
-            symmetries.append(int(rng.integers(48)) if self.symmetries else 0)
+            if self.symmetries:
+                symmetries.append(int(rng.integers(48)))
             held, in_a_row = held + tokens, 0
         return DrawnBatch(replace(collate_volumes(volumes), dropped=dropped), tuple(symmetries))
 

@@ -8,6 +8,7 @@ are explained in `reference_model.metrics.compare`.
 
 import json
 import multiprocessing
+import os
 import platform
 import sys
 import time
@@ -48,9 +49,9 @@ def build_volume(path: Path, resolution: int, folder: Path, settings: Mapping[st
     mesh = load_mesh(path, settings["y_up"])
     unit, scale, offset = normalize(mesh)
     volume = mesh_to_volume(unit, mesh.faces, resolution, thickness=settings["thickness"], scale=scale, offset=offset, y_up=mesh.y_up)
-    part = target.with_name(f".{target.name}.part")
+    part = target.with_name(f".{os.getpid()}.{target.name}")  # evaluations may share a folder
     save_volume(volume, part)
-    part.rename(target)
+    part.replace(target)
     return target
 
 

@@ -148,7 +148,7 @@ class Trainer:
         terms = self.loss(batch, generator)
         terms["total"].backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, settings.clip)
-        numbers = torch.stack([norm, *(x.detach().float() for x in terms.values())]).tolist()  # the one synchronisation of a step
+        numbers = torch.stack([norm, *(x.detach().float() for x in terms.values())]).tolist()  # the one synchronisation here
         values = dict(zip(("norm", *terms), numbers, strict=True))
         if all(map(math.isfinite, self.ranks.sum(numbers))):
             self.optimizer.step(rate)

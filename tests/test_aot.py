@@ -41,8 +41,8 @@ TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16"
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def launches(head_dim: int, dtype: torch.dtype) -> list[tuple[JITFunction, dict]]:
-    """(kernel, arguments by name) of everything a forward and backward of all operations starts for this head size."""
+def launches(head_dim: int, dtype: torch.dtype, group: int) -> list[tuple[JITFunction, dict]]:
+    """(kernel, arguments by name) of everything a forward and backward of all operations starts for this head size and group of heads."""
     recorded = []
 
     def record(self, grid, *args, **kwargs):
@@ -54,8 +54,8 @@ def launches(head_dim: int, dtype: torch.dtype) -> list[tuple[JITFunction, dict]
         for shift, m_cmp in ((0, 4), (4, 1)):  # windows of the blocks; windows of their own and many compression blocks a sample
             coords = random_coords([1000], edge=16, low=0).cpu()
             partition = ssa.partition_voxels(coords, compression_block_size=m_cmp, window_shift=shift)
-            q, k, v, k_cmp, v_cmp = (x.cpu().requires_grad_() for x in draw_qkv(partition, 16, 2, head_dim, dtype))
-            gates = torch.rand(1000, 16, 3).to(dtype).requires_grad_()
+            q, k, v, k_cmp, v_cmp = (x.cpu().requires_grad_() for x in draw_qkv(partition, 2 * group, 2, head_dim, dtype))
+            gates = torch.rand(1000, 2 * group, 3).to(dtype).requires_grad_()
             ssa.spatial_sparse_attention(q, k, v, k_cmp, v_cmp, gates, partition, topk=8).sum().backward()
             outputs = ssa.window_attention(q, k, v, partition) + ssa.compression_attention(q, k_cmp, v_cmp, partition)
             ids = torch.zeros(1000, 2, 8, dtype=torch.int32)
@@ -102,9 +102,9 @@ def compile_for(module: str, name: str, parts: tuple, options: dict, capability:
     return re.sub(r"(?m)^(\.target|\.version|//).*$", "", compiled.asm["ptx"]), compiled.metadata.shared
 
 
-def jobs(head_dim: int, dtype: torch.dtype) -> set[tuple]:
+def jobs(head_dim: int, dtype: torch.dtype, group: int = 8) -> set[tuple]:
     found = set()
-    for kernel, arguments in launches(head_dim, dtype):
+    for kernel, arguments in launches(head_dim, dtype, group):
         parts, options = source(kernel, arguments)
         found.add((kernel.__module__.rsplit(".", 1)[1], kernel.__name__, parts, tuple(options.items())))
     return found
@@ -132,7 +132,10 @@ def test_all_kernels_fit_every_chip():
     target, the rest of the family is not compiled twice: sm_89 has the code of sm_80 nearly everywhere, sm_90 where no tensor core is used.
     """
     settings = [(d, torch.bfloat16) for d in (32, 64, 128)] + [(d, torch.float32) for d in (48, 128)]  # every branch of every _config
-    work = sorted(set().union(*(jobs(*setting) for setting in settings)), key=str)
+    work = set().union(*(jobs(*setting) for setting in settings))
+    groups = [(64, 16), (64, 3), (40, 32), (72, 14)]  # the top-k keeps or does not keep the queries of a whole group
+    work |= {job for d, group in groups for job in jobs(d, torch.bfloat16, group) if job[0] == "block_topk"}
+    work = sorted(work, key=str)
     first = {family(job): job for job in work}
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
 

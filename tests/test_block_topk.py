@@ -137,18 +137,22 @@ if IMPL == "triton":
         monkeypatch.setattr(kernels, "SCRATCH", 1)
         assert torch.equal(choose(q, k_cmp, partition, 4), before)
 
-    @pytest.mark.parametrize("group", [1, 2, 4])
-    @pytest.mark.parametrize(("parts", "resident"), [(1, 1 << 16), (1, 0), (8, 0)])
+    @pytest.mark.parametrize("group", [1, 2, 6])
+    @pytest.mark.parametrize(("parts", "resident"), [(8, 1 << 16), (3, 1 << 16), (1, 1 << 16), (1, 0)])
     def test_how_programs_share_the_work_does_not_show(parts, resident, group, monkeypatch):
-        """One program for all columns of blocks, and queries that are read again for each."""
+        """Four and two columns of blocks: a program for each, three for four, one for all; and queries that are read again for each."""
         from ssa.kernels import block_topk as kernels
 
         partition = random_partition([111, 30], m_cmp=1, m_slc=2)
         q, _, _, k_cmp, _ = draw_qkv(partition, 2 * group, 2, 32, torch.float16)
         before = choose(q, k_cmp, partition, 4)
+        config = kernels._config(32, torch.float16, group) | dict(BLOCK_J=16)
+        monkeypatch.setattr(kernels, "_config", lambda *_: config)
         monkeypatch.setattr(kernels, "PARTS", parts)
         monkeypatch.setattr(kernels, "RESIDENT", resident)
-        assert torch.equal(choose(q, k_cmp, partition, 4), before)
+        ids = choose(q, k_cmp, partition, 4)
+        assert_choice(ids, q, k_cmp, partition, 4)
+        assert torch.equal(ids, before)
 
     def test_opcheck():
         from ssa.autograd import block_topk as boundary

@@ -3,9 +3,10 @@
     score[t, kv, J] = Σ_{j child of J} Σ_{h in group kv} exp(scale q_h·k_cmp[j] − lse_h)          ids = the topk best J of t's sample
 
 Two kernels over chunks of query tiles, so that [Hkv, T, C] never exists and the scratch [Hkv, S, chunk] stays below SCRATCH bytes:
-(1) scores, and the best of every GROUP: a program holds BLOCK_J selection blocks × BLOCK_M queries and adds heads and children in
-    registers. Blocks come in order of falling child count (`fill_order`), so a tile's blocks have about equally many children and few
-    child slots are idle; a block's place in that order is where its score lies.
+(1) scores, and the best of every GROUP: a program keeps BLOCK_M queries of all heads in shared memory while the keys of its share of
+    the blocks pass by, BLOCK_J blocks at a time, and adds heads and children in registers. Blocks come in order of falling child count
+    (`fill_order`), so a tile's blocks have about equally many children and few child slots are idle; a block's place in that order is
+    where its score lies.
 (2) top-k, ROWS queries a warp: scores are ≥ 0, so their bits order as integers and a bisection on the bits is exact. The topk-th best
     maximum bounds the topk-th best score from below, and only the topk groups that reach it can hold the choice: their scores above
     the bound are listed, a bisection over the list finds the exact one, and the ids are sorted by counting the smaller ones.
@@ -23,12 +24,10 @@ from .inner import exp_shared, exponent_unit
 from .launch import cdiv, launcher
 
 SCRATCH = 512 * 2**20
-GROUP = tl.constexpr(16)
-TOPK = dict(ROWS=32, BLOCK_S=32, num_warps=1)  # queries a program of the top-k, scores of each that it reads at once
-
-
 PARTS = 8  # programs that share the columns of a tile of queries
 RESIDENT = 64 * 2**10  # bytes of queries that a program keeps in shared memory
+GROUP = tl.constexpr(16)
+TOPK = dict(ROWS=32, BLOCK_S=32, num_warps=1)  # queries a program of the top-k, scores of each that it reads at once
 
 
 def _config(head_dim: int, dtype: torch.dtype, group: int) -> dict[str, int]:
@@ -44,15 +43,13 @@ def _config(head_dim: int, dtype: torch.dtype, group: int) -> dict[str, int]:
 
 @triton.jit
 def _query_and_head(HEADS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of each row of a tile: the heads of a query lie in rows that one thread of a matrix instruction holds, bits 3 and 6."""
+    """Of each row of a tile: two heads of a query lie eight rows apart, which one thread of a matrix instruction holds."""
+    tl.static_assert(HEADS <= 2)
     r = tl.arange(0, HEADS * BLOCK_M)
     if HEADS == 1:
         query, head = r, r * 0
-    elif HEADS == 2:
-        query, head = r // 16 * 8 + r % 8, r // 8 % 2
     else:
-        tl.static_assert(HEADS == 4 and BLOCK_M == 32)
-        query, head = r // 16 % 4 * 8 + r % 8, r // 64 * 2 + r // 8 % 2
+        query, head = r // 16 * 8 + r % 8, r // 8 % 2
     return query, head
 
 
@@ -63,10 +60,8 @@ def _scores(
     """[BLOCK_M, BLOCK_J] sum over heads of exp(q k − lse), lse in the unit of `exp_of`."""
     p = exp_shared(q, tl.dot(q, k.T, input_precision=PRECISION) * unit - lse[:, None], HEADS * BLOCK_M, BLOCK_J, SHARE)
     if HEADS > 1:
-        p = tl.sum(tl.reshape(p, [HEADS * BLOCK_M // 16, 2, 8, BLOCK_J]), 1)
-    if HEADS > 2:
-        p = tl.sum(tl.reshape(p, [2, 4, 8, BLOCK_J]), 0)
-    return tl.reshape(p, [BLOCK_M, BLOCK_J])
+        p = tl.reshape(tl.sum(tl.reshape(p, [BLOCK_M // 8, 2, 8, BLOCK_J]), 1), [BLOCK_M, BLOCK_J])
+    return p
 
 
 @launcher
@@ -273,7 +268,8 @@ def block_topk(
     num_tiles = tiles.shape[2]
     lse = lse.float().t().contiguous()  # [Hq, T]
     parts = min(PARTS, cdiv(num_blocks, config["BLOCK_J"]))
-    keep = q.dtype != torch.float32 and hq // hkv * block_m * d * q.element_size() <= RESIDENT
+    kept = hq // hkv * block_m * block_d(d) * q.element_size()
+    keep = q.dtype != torch.float32 and block_d(d) <= 64 and kept <= RESIDENT  # with the keys, within the 99 KiB of sm_89
     num_groups = cdiv(num_blocks, GROUP.value)
     listable = min(topk, num_groups) * GROUP.value
     chunk = max(1, min(num_tiles, SCRATCH // (4 * hkv * (num_blocks + num_groups + 2 * listable) * block_m)))

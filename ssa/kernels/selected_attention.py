@@ -30,7 +30,7 @@ UNROLL = tl.constexpr(4)  # slots whose partial results are read at once
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch settings, H200, 2026-11-26. ENTRIES 64: three programs a multiprocessor."""
+    """Tile sizes and launch settings, H200, 2026-11-26. ENTRIES 64: three programs a multiprocessor, two for dq at a head size of 64."""
     stream = {} if kernel == "dkv" else dict(ENTRIES=0)
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1, **stream)

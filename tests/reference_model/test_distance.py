@@ -19,7 +19,8 @@ def knot() -> tuple[np.ndarray, np.ndarray]:
 def test_blocks_change_no_distance(bound: float, signed: bool) -> None:
     vertices, faces = knot()
     points = np.random.default_rng(0).uniform(-0.7, 0.7, (5 * module._BLOCK, 3))
-    points[:1000] = vertices[:1000] * np.linspace(0.9, 1.1, 1000)[:, None]  # where a corner is the nearest point
+    offsets = 0.1 * np.random.default_rng(1).uniform(-1, 1, (1000, 1)) * bound  # along normals: where a corner is the nearest point
+    points[:1000] = vertices[:1000] + offsets * igl.per_vertex_normals(vertices, faces)[:1000]
     kind, least = (igl.SIGNED_DISTANCE_TYPE_PSEUDONORMAL, -bound) if signed else (igl.SIGNED_DISTANCE_TYPE_UNSIGNED, 0.0)
     plain = igl.signed_distance(points, vertices, faces, kind, least, bound)[0]
     assert 0.05 < np.isnan(plain).mean() < 0.99 and (np.nanmin(plain) < 0) == signed

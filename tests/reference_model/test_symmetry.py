@@ -1,8 +1,11 @@
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from analytic import box, box_edge_distance, rotation, sphere, volume_of
 
-from reference_model.symmetry import apply_symmetry, symmetries
+from reference_model.dataset import collate_volumes
+from reference_model.symmetry import apply_symmetry, symmetries, turn_batch
 
 HALF, FRAME = (0.3, 0.2, 0.12), rotation(5)
 SHIFT = torch.tensor([0.2, -0.1, 0.3], dtype=torch.float64)
@@ -43,6 +46,21 @@ def test_motions_compose():
     assert torch.equal(group[int(twice.meta["symmetry"])], group[30] @ group[7])
     once = apply_symmetry(SOURCE, int(twice.meta["symmetry"]))
     assert torch.equal(twice.coords, once.coords) and torch.equal(twice.values, once.values)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+@pytest.mark.parametrize("indices", [(31, 0, 8), ()])
+def test_a_batch_is_turned_volume_by_volume(indices, device):
+    volumes = [SOURCE, volume_of(sphere(0.2, (0.3, 0.1, 0.0)), 256), SOURCE]
+    turned = turn_batch(replace(collate_volumes(volumes), dropped=3), indices, device)
+    moved = [apply_symmetry(v, i) for v, i in zip(volumes, indices, strict=True)] if indices else volumes
+    expected = replace(collate_volumes(moved), dropped=3)
+    for field in fields(expected):
+        got, want = getattr(turned, field.name), getattr(expected, field.name)
+        if torch.is_tensor(want):
+            assert got.device.type == device and torch.equal(got.cpu(), want), field.name
+        else:
+            assert got == want, field.name
 
 
 @pytest.mark.parametrize("index", [-1, 48])

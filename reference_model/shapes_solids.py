@@ -1,9 +1,11 @@
-"""Families of free forms: booleans of primitives, revolutions, sweeps, knots, noise, creatures, nested bodies."""
+"""Families of free forms: booleans of primitives, revolutions, thin shells, sweeps, knots, noise, creatures, nested bodies."""
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reference_model.shapes_kit import (
     ROUND,
@@ -60,6 +62,18 @@ def primitives(p: SimpleNamespace, rng: np.random.Generator) -> Solid:
     return largest(solid)
 
 
+def _fluted(p: SimpleNamespace, rng: np.random.Generator) -> Callable[[NDArray], NDArray]:
+    """Flutes about z that fade out at both ends, for `warp_batch`."""
+    flutes, turn = int(rng.integers(5, 25)), np.radians(p.twist) * rng.choice([-1, 1])
+
+    def flute(v: NDArray) -> NDArray:
+        angle = np.arctan2(v[:, 1], v[:, 0]) + turn * v[:, 2] / p.height
+        rise = np.clip(np.minimum(v[:, 2], p.height - v[:, 2]) / (0.15 * p.height), 0, 1)
+        return v * np.column_stack([*[1 + p.flute * rise * np.cos(flutes * angle)] * 2, np.ones(len(v))])
+
+    return flute
+
+
 @family(
     foot=(0.2, 0.6), belly=(0.3, 0.9), neck=(0.12, 0.5), lip=(0.2, 0.7), height=(1.0, 3.0),
     shoulder=(0.35, 0.75), wall=(0.03, 0.12), flute=(0.0, 0.08), twist=(0, 90),
@@ -72,20 +86,29 @@ def revolution(p: SimpleNamespace, rng: np.random.Generator) -> Solid:
     profile[:, 0] = np.maximum(profile[:, 0], 1.5 * p.wall)
     profile[:, 1] = np.maximum.accumulate(profile[:, 1])
     body = Manifold.revolve(polygon(np.concatenate([[[0, 0]], profile, [[0, profile[-1, 1]]]])), 192)
-    flutes, turn = int(rng.integers(5, 25)), np.radians(p.twist) * rng.choice([-1, 1])
-
-    def flute(v: np.ndarray) -> np.ndarray:
-        angle = np.arctan2(v[:, 1], v[:, 0]) + turn * v[:, 2] / p.height
-        rise = np.clip(np.minimum(v[:, 2], p.height - v[:, 2]) / (0.15 * p.height), 0, 1)
-        return v * np.column_stack([*[1 + p.flute * rise * np.cos(flutes * angle)] * 2, np.ones(len(v))])
-
-    solid = body.warp_batch(flute)
+    solid = body.warp_batch(_fluted(p, rng))
     if rng.random() < 0.6:
         inner = np.column_stack([np.maximum(profile[:, 0] * (1 - p.flute) - p.wall, 0.2 * p.wall), profile[:, 1]])
         inner = inner[inner[:, 1] > 2 * p.wall]
         top = [[inner[-1, 0], p.height + 1], [0, p.height + 1], [0, inner[0, 1]]]
         solid -= Manifold.revolve(polygon(np.concatenate([inner, top])), 96)
     return solid
+
+
+@family(
+    foot=(0.15, 0.6), belly=(0.3, 0.9), neck=(0.15, 0.6), lip=(0.2, 0.8), height=(0.4, 2.5),
+    wall=(0.003, 0.03), flute=(0.0, 0.1), twist=(0, 90),
+)
+def shell(p: SimpleNamespace, rng: np.random.Generator) -> Solid:
+    """Bowls, cups, vases and tubes of one thin wall, which flutes bend and do not thicken; some without a floor."""
+    radius = spline(np.array([[p.foot], [p.belly], [p.belly * rng.uniform(0.7, 1.2)], [p.neck], [p.lip]]), 48)[:, 0]
+    outer = np.column_stack([np.maximum(radius, 0.08), np.linspace(0, p.height, 48)])
+    inner = outer - [p.wall, 0]
+    if rng.random() < 0.7:
+        inner[:, 1] = np.maximum(inner[:, 1], p.wall)
+        inner = np.concatenate([[[0, 0], [0, p.wall]], inner[np.flatnonzero(inner[:, 1] > p.wall)[0] - 1 :]])
+    solid = Manifold.revolve(polygon(np.concatenate([outer[::-1], inner])), 192)
+    return solid.warp_batch(_fluted(p, rng))
 
 
 @family(
@@ -206,4 +229,5 @@ def rod_along(axis: int, radius: float) -> Solid:
 
 SOLIDS = {
     "primitives": primitives, "revolution": revolution, "sweep": sweep, "knot": knot, "rock": rock, "creature": creature, "nested": nested,
+    "shell": shell,
 }

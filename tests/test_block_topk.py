@@ -137,8 +137,8 @@ if IMPL == "triton":
         monkeypatch.setattr(kernels, "SCRATCH", 1)
         assert torch.equal(choose(q, k_cmp, partition, 4), before)
 
-    @pytest.mark.parametrize("group", [1, 2, 6])
-    @pytest.mark.parametrize(("parts", "resident"), [(8, 1 << 16), (3, 1 << 16), (1, 1 << 16), (1, 0)])
+    @pytest.mark.parametrize("group", [1, 6])
+    @pytest.mark.parametrize(("parts", "resident"), [(8, 1 << 16), (3, 1 << 16), (1, 0)])
     def test_how_programs_share_the_work_does_not_show(parts, resident, group, monkeypatch):
         """Four and two columns of blocks: a program for each, three for four, one for all; and queries that are read again for each."""
         from ssa.kernels import block_topk as kernels

@@ -113,7 +113,7 @@ def load_at(path: Path, resolution: int) -> Volume:
 
 @dataclass(frozen=True)
 class DrawnBatch:
-    """A batch as workers make it; `to` turns the volumes where they are wanted, since at 1024 that takes a worker 6 s each."""
+    """A batch as workers make it; `to` turns the volumes where they are wanted, since at 1024 that takes a worker seconds each."""
 
     volumes: VolumeBatch
     symmetries: tuple[int, ...]  # of each volume; none: they stay as they are

@@ -250,8 +250,8 @@ class _Attention(torch.autograd.Function):
         keys, values, dq = _with_zero_row(k), _with_zero_row(v), torch.empty_like(q)
         dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
         with torch.autocast(q.device.type, enabled=False):
-            # a matrix product like do · v, so that the two cancel to the last bit where a query sees one key
-            delta = (_widened(o)[..., None, :] @ _widened(do)[..., None])[..., 0, 0] - dlse
+            exact = torch.float64 if q.element_size() >= 4 else torch.float32  # do · v and delta cancel, wholly where a query sees one key
+            delta = (o.to(exact) * do.to(exact)).sum(-1) - dlse
             for i, j, tiles in ctx.pieces():
                 queries, do_piece, lse_piece, delta_piece = (_with_zero_row(x[i:j]) for x in (q, do, lse, delta))
                 dq_list = queries.new_zeros((j - i) * width + 1, *q.shape[1:])
@@ -260,7 +260,8 @@ class _Attention(torch.autograd.Function):
                     q_tile, do_tile = _rows(queries, query), _rows(do_piece, query)
                     p = _scores(q_tile, keys, rows, scale).sub_(_rows(lse_piece[..., None], query)).exp_()
                     _add(dv, rows, p, do_tile, q.shape[2])
-                    ds = (do_tile @ _rows(values, rows).mT).sub_(_rows(delta_piece[..., None], query)).mul_(p)
+                    dp = do_tile.to(exact) @ _rows(values, rows).mT.to(exact)
+                    ds = dp.sub_(_rows(delta_piece[..., None], query)).to(p.dtype).mul_(p)
                     _add(dk, rows, ds, q_tile, q.shape[2])
                     _write(dq_list, lists, ds @ _rows(keys, rows))
                 dq[i:j] = dq_list[:-1].unflatten(0, (j - i, width)).sum(1).mul_(scale)

@@ -65,10 +65,10 @@ def _scores(
 
 
 @launcher
-@triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "num_tokens", "parts"])
+@triton.jit(do_not_specialize=["tile0", "num_tiles", "chunk_tiles", "num_blocks", "num_groups", "parts"])
 def _score_kernel(
     q_ptr, k_ptr, lse_ptr, scores_ptr, best_ptr, cu_blocks_ptr, child_offsets_ptr, fill_order_ptr, tiles_ptr, scale, tile0, num_tiles,
-    chunk_tiles, num_blocks, num_groups, num_tokens, parts, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    chunk_tiles, num_blocks, num_groups, parts, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, HEADS: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """KEEP: the queries of all heads stay in shared memory while the keys of many columns pass by; else they are read for each."""
@@ -82,15 +82,15 @@ def _score_kernel(
         query, head = _query_and_head(HEADS, BLOCK_M)
         valid = query < count
         q_ptr += (first.to(tl.int64) * HQ + kv * G) * D
-        lse_ptr += (kv * G).to(tl.int64) * num_tokens + first
+        lse_ptr += first.to(tl.int64) * HQ + kv * G
         row = (query * HQ + head) * D
-        lse_at = head * num_tokens.to(tl.int64) + query
+        lse_at = query * HQ + head
         unit, lse_unit = exponent_unit(tl.zeros([1], q_ptr.dtype.element_ty), scale)
         qs, lses = (), ()
         if KEEP:
             for h in tl.static_range(0, G, HEADS):
                 qs += (load_rows(q_ptr + h * D, row, valid, D, BLOCK_D),)  # type: ignore[assignment]
-                lse = tl.load(lse_ptr + h * num_tokens.to(tl.int64) + lse_at, mask=valid, other=float("inf"))
+                lse = tl.load(lse_ptr + h + lse_at, mask=valid, other=float("inf")).to(tl.float32)
                 lses += (lse * lse_unit,)  # type: ignore[assignment]
         stride = chunk_tiles * BLOCK_M
         scores_ptr += (kv * num_blocks).to(tl.int64) * stride + local * BLOCK_M
@@ -113,7 +113,7 @@ def _score_kernel(
                 else:
                     for h in range(0, G, HEADS):
                         q = load_rows(q_ptr + h * D, row, valid, D, BLOCK_D)
-                        lse = tl.load(lse_ptr + h * num_tokens.to(tl.int64) + lse_at, mask=valid, other=float("inf")) * lse_unit
+                        lse = tl.load(lse_ptr + h + lse_at, mask=valid, other=float("inf")).to(tl.float32) * lse_unit
                         acc += _scores(q, k, lse, unit, HEADS, BLOCK_M, BLOCK_J, SHARE, PRECISION) * has[None, :]
             tl.store(scores_ptr + (j * stride)[None, :] + m[:, None], acc, mask=real[None, :])
             acc = tl.where(real[None, :] & (acc >= 0.0), acc, -1.0)  # NaN too
@@ -266,7 +266,6 @@ def block_topk(
     if tiles is None:
         (tiles,) = tile_maps(topk_map(q, k_cmp, cu_seqlens, config))
     num_tiles = tiles.shape[2]
-    lse = lse.float().t().contiguous()  # [Hq, T]
     parts = min(PARTS, cdiv(num_blocks, config["BLOCK_J"]))
     kept = hq // hkv * block_m * block_d(d) * q.element_size()
     keep = q.dtype != torch.float32 and block_d(d) <= 64 and kept <= RESIDENT  # with the keys, within the 99 KiB of sm_89
@@ -280,7 +279,7 @@ def block_topk(
     for tile0 in range(0, num_tiles, chunk):
         n = min(chunk, num_tiles - tile0)
         _score_kernel[(n * hkv * parts,)](
-            q, k_cmp, lse, scores, best, cu_blocks, child_offsets, fill_order, tiles, scale, tile0, num_tiles, n, num_blocks, num_groups, t,
+            q, k_cmp, lse, scores, best, cu_blocks, child_offsets, fill_order, tiles, scale, tile0, num_tiles, n, num_blocks, num_groups,
             parts, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q), KEEP=keep, **config, **launch,
         )  # fmt: skip
         _topk_kernel[(n * hkv * (block_m // TOPK["ROWS"]),)](

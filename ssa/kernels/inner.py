@@ -164,23 +164,6 @@ def _forward_loop(
 
 
 @triton.jit
-def _forward_keys(
-    q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """All keys lo … hi: full tiles without a mask, then the last one."""
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    full = lo + (hi - lo) // BLOCK_N * BLOCK_N
-    acc, m_i, l_i = _forward_loop(
-        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, full, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, BOUNDED, PRECISION
-    )
-    return _forward_loop(
-        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, full, hi, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, BOUNDED, PRECISION
-    )
-
-
-@triton.jit
 def forward_rows(
     q, k_norm, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
@@ -188,25 +171,30 @@ def forward_rows(
     """o [BLOCK_M, BLOCK_D] and lse [BLOCK_M] (natural log) of rows over keys lo … hi; no keys at all give 0 and −inf.
 
     Where |q| max|k| bounds every score well inside the range of the exponent, exp(s − bound) needs no running maximum. The bound is
-    checked for every tile, so both ways are exact; BOUNDED False leaves the quick way out.
+    checked for every tile, so both ways are exact; BOUNDED False leaves the quick way out. The ways follow each other, one of them
+    over no keys: as branches their buffers would share no memory.
     """
     unit, lse_unit = exponent_unit(q, scale)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    full = lo + (hi - lo) // BLOCK_N * BLOCK_N
+    quick = lo  # keys before it need no running maximum
     if BOUNDED:
         q32 = q.to(tl.float32)
         bound = tl.sqrt(tl.sum(q32 * q32, 1)) * k_norm * unit
-        if tl.max(bound, 0) <= MAX_BOUND:  # false for NaN
-            acc, m_i, l_i = _forward_keys(
-                q, bound, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, True, PRECISION
-            )
-        else:
-            acc, m_i, l_i = _forward_keys(
-                q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
-            )
-    else:
-        acc, m_i, l_i = _forward_keys(
-            q, m_i, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, False, PRECISION
+        small = tl.max(bound, 0) <= MAX_BOUND  # false for NaN
+        m_i = tl.where(small, bound, m_i)
+        quick = tl.where(small, full, lo)
+        acc, m_i, l_i = _forward_loop(
+            acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, lo, quick, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, True, PRECISION
         )
+    acc, m_i, l_i = _forward_loop(
+        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, quick, full, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, False, PRECISION
+    )
+    acc, m_i, l_i = _forward_loop(
+        acc, m_i, l_i, q, k_ptr, v_ptr, index_ptr, kv, full, hi, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, False, PRECISION
+    )
     empty = l_i == 0.0
     l_i = tl.where(empty, 1.0, l_i)
     o = acc * tl.div_rn(1.0, l_i)[:, None]  # one exact division a row; `/` is approximate on a GPU
@@ -279,9 +267,15 @@ def _dkv_loop(
             s = tl.dot(q, k.T, input_precision=PRECISION).T  # the forward's own product: a large score must round alike
         else:
             s = tl.dot(k, q.T, input_precision=PRECISION)
+        # few rows leave registers for dp beside s: its product then runs beside the exponentials; in fp64 it takes too much memory
+        early: tl.constexpr = BLOCK_M <= 32 and k.dtype != tl.float32
+        if early:
+            dp = _dp(v, do, delta, PRECISION)
         p = exp_of(k, s.to(lse.dtype) * unit - (lse * lse_unit)[None, :])  # [BLOCK_N, BLOCK_M]
         dv = _add_dot(p.to(do.dtype), do, dv, PRECISION)
-        ds = p * (_dp(v, do, delta, PRECISION) - delta[None, :])
+        if not early:
+            dp = _dp(v, do, delta, PRECISION)
+        ds = p * (dp - delta[None, :])
         dk = _add_dot(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
 

@@ -26,18 +26,22 @@ from .varlen_attention import largest_norm, launch_dkv
 
 SCRATCH = 320 * 2**20
 MAX_SPLITS = 4
-UNROLL = tl.constexpr(4)  # slots whose partial results are read at once
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch settings, H200, 2026-11-26. ENTRIES 64: three programs a multiprocessor, two for dq at a head size of 64."""
+    """Tile sizes and launch settings, H200, 2026-11-26.
+
+    Rows are found by an index, so it takes five stages to have a tile's rows on their way while the tile before is at work.
+    ENTRIES 64: three programs a multiprocessor, two for dq at a head size of 64.
+    """
     stream = {} if kernel == "dkv" else dict(ENTRIES=0)
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1, **stream)
     if kernel == "dkv":
-        return dict(BLOCK_M=128 if head_dim <= 64 else 64, BLOCK_N=64, num_warps=4, num_stages=2)
+        return dict(BLOCK_M=128 if head_dim <= 64 else 64, BLOCK_N=64, num_warps=4, num_stages=5 if head_dim <= 32 else 2)
+    deep = head_dim <= (64 if kernel == "fwd" else 32)
     resident = dict(ENTRIES=64, maxnreg=168) if head_dim <= 64 else stream
-    return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=3, **resident)
+    return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=5 if deep else 3, **resident)
 
 
 def _entries(config: dict, group: int) -> int:
@@ -114,6 +118,19 @@ def _resident_keys(k_ptr, v_ptr, key, end, kv, HKV: tl.constexpr, D: tl.constexp
 
 
 @triton.jit
+def _resident_tiles(
+    k_ptr, v_ptr, key, end, kv, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr, LAST: tl.constexpr
+):  # fmt: skip
+    """(k, v) of FULL tiles of 64 keys and of the last one, and which of the last are there."""
+    tiles = ()
+    for i in tl.static_range(FULL):
+        tiles += (_resident_keys(k_ptr, v_ptr, key + i * 64, end, kv, HKV, D, BLOCK_D, 64),)  # type: ignore[assignment]
+    there = key + FULL * 64 + tl.arange(0, LAST) < end
+    tiles += (_resident_keys(k_ptr, v_ptr, key + FULL * 64, end, kv, HKV, D, BLOCK_D, LAST),)  # type: ignore[assignment]
+    return tiles, there
+
+
+@triton.jit
 def _resident_rows(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, kv, key, end, lo, hi, entry0, scale, GATHER: tl.constexpr, HQ: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FULL: tl.constexpr, LAST: tl.constexpr,
@@ -123,37 +140,26 @@ def _resident_rows(
     BLOCK_Q: tl.constexpr = BLOCK_M // G
     r = tl.arange(0, BLOCK_M)
     unit = scale * LOG2E
-    if FULL > 0:
-        k0, v0 = _resident_keys(k_ptr, v_ptr, key, end, kv, HKV, D, BLOCK_D, 64)
-    if FULL > 1:
-        k1, v1 = _resident_keys(k_ptr, v_ptr, key + 64, end, kv, HKV, D, BLOCK_D, 64)
-    there = key + FULL * 64 + tl.arange(0, LAST) < end
-    k, v = _resident_keys(k_ptr, v_ptr, key + FULL * 64, end, kv, HKV, D, BLOCK_D, LAST)
+    tiles, there = _resident_tiles(k_ptr, v_ptr, key, end, kv, HKV, D, BLOCK_D, FULL, LAST)
     for start in range(lo, hi, BLOCK_Q):
         count = tl.minimum(hi - start, BLOCK_Q)
         valid = r // G < count
         entry = tl.load(entries_ptr + start + tl.minimum(r // G, count - 1))  # rows that are not there repeat the last query
         q = load_rows(q_ptr, ((entry.to(tl.uint32) // GATHER).to(tl.int64) * HQ + (kv * G + r % G)) * D, valid, D, BLOCK_D, False)
-        s = tl.where(there[None, :], tl.dot(q, k.T), -float("inf"))
+        s = tl.where(there[None, :], tl.dot(q, tiles[FULL][0].T), -float("inf"))
         m = tl.max(s, 1)
-        if FULL > 0:
-            s0 = tl.dot(q, k0.T)
-            m = tl.maximum(m, tl.max(s0, 1))
-        if FULL > 1:
-            s1 = tl.dot(q, k1.T)
-            m = tl.maximum(m, tl.max(s1, 1))
+        scores = ()
+        for i in tl.static_range(FULL):
+            scores += (tl.dot(q, tiles[i][0].T),)  # type: ignore[assignment]
+            m = tl.maximum(m, tl.max(scores[i], 1))
         m *= unit
         p = tl.exp2(s * unit - m[:, None])
         sum_p = tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v)
-        if FULL > 0:
-            p = tl.exp2(s0 * unit - m[:, None])
+        acc = tl.dot(p.to(q.dtype), tiles[FULL][1])
+        for i in tl.static_range(FULL):
+            p = tl.exp2(scores[i] * unit - m[:, None])
             sum_p += tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v0, acc)
-        if FULL > 1:
-            p = tl.exp2(s1 * unit - m[:, None])
-            sum_p += tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v1, acc)
+            acc = tl.dot(p.to(q.dtype), tiles[i][1], acc)
         out = (entry - entry0).to(tl.int64) * G + r % G
         store_rows(part_ptr, out * D, acc * (1.0 / sum_p)[:, None], valid, D, BLOCK_D)
         tl.store(part_lse_ptr + out, m * LN2 + tl.log(sum_p), mask=valid)
@@ -216,14 +222,14 @@ def _combine_kernel(
     valid = local < num_rows
     pair = local // G  # (query, kv head)
     m_i = tl.full([BLOCK_M], -float("inf"), part_lse_ptr.dtype.element_ty)
-    for slot in tl.range(topk, loop_unroll_factor=UNROLL):
+    for slot in range(topk):
         chosen = tl.load(ids_ptr + (row0 // G + pair) * topk + slot, mask=valid, other=-1) >= 0
         lse = tl.load(part_lse_ptr + (pair * topk + slot) * G + local % G, mask=chosen, other=-float("inf"))
         m_i = tl.maximum(m_i, lse)
     base = tl.where(m_i == -float("inf"), 0.0, m_i)
     l_i = tl.zeros([BLOCK_M], part_lse_ptr.dtype.element_ty)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for slot in tl.range(topk, loop_unroll_factor=UNROLL):
+    for slot in range(topk):
         chosen = tl.load(ids_ptr + (row0 // G + pair) * topk + slot, mask=valid, other=-1) >= 0
         entry = (pair * topk + slot) * G + local % G
         w = tl.exp(tl.load(part_lse_ptr + entry, mask=chosen, other=-float("inf")) - base)
@@ -255,12 +261,7 @@ def _resident_dq(
     BLOCK_Q: tl.constexpr = BLOCK_M // G
     r = tl.arange(0, BLOCK_M)
     unit = scale * LOG2E
-    if FULL > 0:
-        k0, v0 = _resident_keys(k_ptr, v_ptr, key, end, kv, HKV, D, BLOCK_D, 64)
-    if FULL > 1:
-        k1, v1 = _resident_keys(k_ptr, v_ptr, key + 64, end, kv, HKV, D, BLOCK_D, 64)
-    there = key + FULL * 64 + tl.arange(0, LAST) < end
-    k, v = _resident_keys(k_ptr, v_ptr, key + FULL * 64, end, kv, HKV, D, BLOCK_D, LAST)
+    tiles, there = _resident_tiles(k_ptr, v_ptr, key, end, kv, HKV, D, BLOCK_D, FULL, LAST)
     for start in range(lo, hi, BLOCK_Q):
         count = tl.minimum(hi - start, BLOCK_Q)
         valid = r // G < count
@@ -270,11 +271,10 @@ def _resident_dq(
         do = load_rows(do_ptr, head * D, valid, D, BLOCK_D, False)
         lse = tl.load(lse_ptr + head) * LOG2E
         delta = tl.load(delta_ptr + head)
-        dq = _resident_dq_tile(tl.zeros([BLOCK_M, BLOCK_D], tl.float32), q, do, lse, delta, k, v, unit, there)
-        if FULL > 0:
-            dq = _resident_dq_tile(dq, q, do, lse, delta, k0, v0, unit, None)
-        if FULL > 1:
-            dq = _resident_dq_tile(dq, q, do, lse, delta, k1, v1, unit, None)
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        dq = _resident_dq_tile(dq, q, do, lse, delta, tiles[FULL][0], tiles[FULL][1], unit, there)
+        for i in tl.static_range(FULL):
+            dq = _resident_dq_tile(dq, q, do, lse, delta, tiles[i][0], tiles[i][1], unit, None)
         out = (entry - entry0).to(tl.int64) * G + r % G
         store_rows(part_ptr, out * D, dq * scale, valid, D, BLOCK_D)
 
@@ -326,7 +326,7 @@ def _sum_slots_kernel(
     valid = local < num_rows
     pair = local // G
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for slot in tl.range(topk, loop_unroll_factor=UNROLL):
+    for slot in range(topk):
         chosen = tl.load(ids_ptr + (row0 // G + pair) * topk + slot, mask=valid, other=-1) >= 0
         acc += load_rows(part_ptr, ((pair * topk + slot) * G + local % G) * D, chosen, D, BLOCK_D).to(tl.float32)
     store_rows(dq_ptr, (row0 + local) * D, acc, valid, D, BLOCK_D, ACCUMULATE)

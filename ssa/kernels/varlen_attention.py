@@ -22,7 +22,7 @@ from .launch import cdiv, launcher
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[str, int]:
-    """Tile sizes and launch settings, H200, 2026-11-22; `long`: segments of many keys (compression) rather than windows.
+    """Tile sizes and launch settings, H200, 2026-11-26; `long`: segments of many keys (compression) rather than windows.
 
     Beyond a head size of 64 what fits the 99 KiB of sm_89, not tuned.
     """
@@ -35,10 +35,9 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[
         return dict(**wide, num_warps=4, num_stages=2)
     small = head_dim <= 32
     if kernel == "fwd":
-        launch = dict(num_warps=4, maxnreg=128) if small else dict(num_warps=8)
-        return dict(BLOCK_M=128, BLOCK_N=64, num_stages=3, **launch)
+        return dict(BLOCK_M=128, BLOCK_N=64, num_warps=4 if small else 8, num_stages=3, maxnreg=128)
     if kernel == "dq":
-        return dict(BLOCK_M=64 if small else 128, BLOCK_N=64, num_warps=4, num_stages=3)
+        return dict(BLOCK_M=128, BLOCK_N=32 if small else 64, num_warps=4, num_stages=3, **(dict(maxnreg=128) if small else {}))
     return dict(BLOCK_M=32, BLOCK_N=128, num_warps=4, num_stages=3)
 
 
@@ -97,8 +96,12 @@ def _dkv_kernel(
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     BLOCK_Q: tl.constexpr = BLOCK_M // G
-    tile, rest = tl.program_id(0) // (HKV * SPLITS), tl.program_id(0) % (HKV * SPLITS)
-    kv, split = rest % HKV, rest // HKV
+    pid = tl.program_id(0)
+    if GATHER_Q > 0:
+        split, pid = pid % SPLITS, pid // SPLITS
+    else:  # the programs of one share of the queries run together, which then stay in L2
+        split, pid = pid // (HKV * num_tiles), pid % (HKV * num_tiles)
+    tile, kv = pid // HKV, pid % HKV
     segment, first, count = load_tile(tiles_ptr, tile, num_tiles)
     if count > 0:
         valid, at = packed_rows(index_k_ptr, first, count, kv, HKV, 1, BLOCK_N, GATHER_K)
@@ -244,8 +247,8 @@ def _long(k: Tensor, cu_k: Tensor) -> bool:
 
 
 def _splits(programs: int, rows: int) -> int:
-    """Few keys over many queries leave multiprocessors idle: cut the queries, a power of two so that few variants are compiled."""
+    """Few keys over many queries leave multiprocessors idle, at the end at least: cut the queries, a power of two for few variants."""
     splits = 1
-    while programs * splits < 2048 and rows // (splits * 2) >= 1024 and splits < 32:
+    while programs * splits < 8192 and rows // (splits * 2) >= 1024 and splits < 64:
         splits *= 2
     return splits

@@ -1,6 +1,6 @@
 """The curve of a run of `reference_model.train_vae`: `python -m examples.plot_training RUN/log.jsonl [NEXT/log.jsonl …] --out curve.png`.
 
-Several logs are runs one after another, each from the weights of the one before.
+Several logs are runs one after another, each from the weights of the one before; `--beside LOG` is another run from the first step, dashed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[int]]:
     return rows, starts
 
 
-def draw(paths: Sequence[Path], out: Path) -> None:
-    """Losses over steps, both logarithmic: lines of the batches as logged, circles of the held-out meshes (EMA)."""
+def draw(paths: Sequence[Path], out: Path, beside: Path | None = None) -> None:
+    """Losses over steps, both logarithmic: lines of the batches as logged, circles of the held-out meshes (EMA); crosses of `beside`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -37,15 +37,21 @@ def draw(paths: Sequence[Path], out: Path) -> None:
 
     rows, starts = read_runs(paths)
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for name, color in TERMS.items():
-        for kind, style in (("train", {"lw": 1}), ("validation", {"marker": "o", "lw": 0})):
-            chosen = [row for row in rows if row["kind"] == kind and name in row]
-            label = name if kind == "train" else None
-            axes.plot([row["step"] for row in chosen], [row[name] for row in chosen], color=color, label=label, **style)  # type: ignore[arg-type]
+
+    def curves(rows: Sequence[dict[str, Any]], line: str, mark: str, labels: bool) -> None:
+        for name, color in TERMS.items():
+            for kind, style in (("train", {"lw": 1, "ls": line}), ("validation", {"marker": mark, "lw": 0})):
+                chosen = [row for row in rows if row["kind"] == kind and name in row]
+                label = name if labels and kind == "train" else None
+                axes.plot([row["step"] for row in chosen], [row[name] for row in chosen], color=color, label=label, **style)  # type: ignore[arg-type]
+
+    curves(rows, "-", "o", True)
+    if beside is not None:
+        curves(read_runs([beside])[0], "--", "x", False)
     for start in starts[1:]:
         axes.axvline(start, color="black", lw=0.5, ls=":")
     axes.set(xscale="log", yscale="log", xlabel="step", ylabel="mean squared error, in units of the band")
-    axes.set_title("lines: batches; circles: held out")
+    axes.set_title("lines: batches; circles: held out" + ("" if beside is None else f"; dashed and crosses: {beside.stem}"))
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     figure.savefig(out, dpi=110, bbox_inches="tight")
@@ -55,9 +61,10 @@ def draw(paths: Sequence[Path], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("logs", type=Path, nargs="+")
+    parser.add_argument("--beside", type=Path)
     parser.add_argument("--out", type=Path, default=Path("curve.png"))
     args = parser.parse_args()
-    draw(args.logs, args.out)
+    draw(args.logs, args.out, args.beside)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_runs_are_drawn_one_after_another(tmp_path):
         log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 30, "ki')
     joined, starts = plot_training.read_runs(logs)
     assert starts == [0, 20] and [row["step"] for row in joined] == [10, 10, 20, 20, 30, 30, 40, 40]
-    plot_training.draw(logs, tmp_path / "curve.png")
+    plot_training.draw(logs, tmp_path / "curve.png", beside=logs[0])
     assert (tmp_path / "curve.png").stat().st_size > 5_000
 
 

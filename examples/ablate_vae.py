@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[list[str], list[str]]] = {
 }
 BASE = [
     "train=gpu-multi", "vae=compact", "data=prepared", "resolutions=[256]", "tokens=4000", "trainer.optimizer=muon",
-    "trainer.lr=3e-3", "trainer.warmup=50", "picture=false",
+    "trainer.lr=3e-3", "trainer.warmup=50", "picture=false", "compile=false",
 ]  # fmt: skip
 
 

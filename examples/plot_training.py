@@ -43,7 +43,8 @@ def draw(paths: Sequence[Path], out: Path, beside: Path | None = None) -> None:
             for kind, style in (("train", {"lw": 1, "ls": line}), ("validation", {"marker": mark, "lw": 0})):
                 chosen = [row for row in rows if row["kind"] == kind and name in row]
                 label = name if labels and kind == "train" else None
-                axes.plot([row["step"] for row in chosen], [row[name] for row in chosen], color=color, label=label, **style)  # type: ignore[arg-type]
+                steps, values = ([row[key] for row in chosen] for key in ("step", name))
+                axes.plot(steps, values, color=color, label=label, **style)  # type: ignore[arg-type]
 
     curves(rows, "-", "o", True)
     if beside is not None:

@@ -250,8 +250,9 @@ class _Attention(torch.autograd.Function):
         keys, values, dq = _with_zero_row(k), _with_zero_row(v), torch.empty_like(q)
         dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
         with torch.autocast(q.device.type, enabled=False):
-            exact = torch.float64 if q.element_size() >= 4 else torch.float32  # do · v and delta cancel, wholly where a query sees one key
-            delta = (o.to(exact) * do.to(exact)).sum(-1) - dlse
+            # do · v and delta must cancel where a query sees one key: fp64, because fp32 sums in another order do not
+            exact = torch.float32 if q.device.type == "mps" else torch.float64
+            delta = (o.to(exact)[..., None, :] @ do.to(exact)[..., None])[..., 0, 0] - dlse
             for i, j, tiles in ctx.pieces():
                 queries, do_piece, lse_piece, delta_piece = (_with_zero_row(x[i:j]) for x in (q, do, lse, delta))
                 dq_list = queries.new_zeros((j - i) * width + 1, *q.shape[1:])

@@ -51,6 +51,15 @@ def test_fp64():
         assert a.dtype == torch.float64 and largest(a - b) <= 1e-13
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_one_key_leaves_no_gradient_of_q_and_k(dtype):
+    """do · v and delta cancel, in whatever order a matrix library adds."""
+    cu = torch.arange(65, dtype=torch.int32, device=DEVICE)
+    inputs = [draw(64, heads, 128, dtype=dtype, seed=i) for i, heads in enumerate((6, 2, 2))]
+    _, grads = run(lambda *xs: ssa.varlen_attention(*xs, cu, cu, impl="torch")[0], inputs)
+    assert largest(grads[0], grads[1]) <= 1e-13 and largest(grads[2]) > 0.1
+
+
 @pytest.mark.parametrize("piece", [1, 500, 20_000])
 @pytest.mark.parametrize("op", ["compression_attention", "window_attention", "selected_attention", "varlen_attention"])
 @pytest.mark.parametrize("layout", LAYOUTS)

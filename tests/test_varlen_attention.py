@@ -205,6 +205,35 @@ def test_nan_and_inf_stay_in_their_row_or_sample(branch, value, name):
 
 
 if IMPL == "triton":
+    from ssa.kernels import varlen_attention as kernels
+
+    @pytest.mark.parametrize("large", ["no row", "every row", "every other row", "one row"])
+    def test_with_and_without_a_running_maximum(large, monkeypatch):
+        """Tiles whose scores are bounded need none; the bound, which only bf16 asks for elsewhere, of fp32 here. 10 q is beyond it."""
+        monkeypatch.setattr(kernels, "largest_norm", lambda k: torch.linalg.vector_norm(k, dim=-1).amax(0))
+        fn, reference, (q, k, v) = problem([40, 9], [600, 530])
+        rows = {"no row": [], "every row": slice(None), "every other row": slice(0, None, 2), "one row": [5]}[large]
+        q[rows] *= 10
+        assert ((5.0 * q.norm(dim=-1).amax(1) * 32**-0.5 > 50).sum() > 0) == (large != "no row")
+        compare(fn, reference, [q, k, v])
+
+    @pytest.mark.parametrize("shares", [2, 64])
+    @pytest.mark.parametrize("branch", ["compression_attention", "window_attention"])
+    def test_shares_of_the_queries(branch, shares, monkeypatch):
+        """dk and dv are sums over programs that take a share of the queries each, most of them none."""
+        monkeypatch.setattr(kernels, "_splits", lambda *_: shares)
+        partition = random_partition([30, 7], window=5, shift=1)
+        q, k, v, k_cmp, v_cmp = draw_qkv(partition, 6, 2, 32, torch.float32)
+        inputs = [q, k_cmp, v_cmp] if branch == "compression_attention" else [q, k, v]
+        compare(
+            lambda *xs: getattr(ssa, branch)(*xs, partition, impl=IMPL), lambda *xs: getattr(naive, branch)(*xs, partition), inputs
+        )
+
+    def test_shares_keep_to_the_scratch():
+        sizes = [(n, d) for n in (500, 7_500, 130_000) for d in (32, 64, 128)]
+        shares = {(n, d): kernels._splits(n // 64 * 2, 2**21, 16 * n * d, True) for n, d in sizes}
+        assert all(s == 1 or s * 16 * n * d <= kernels.SCRATCH for (n, d), s in shares.items())
+        assert shares[7_500, 64] == 64 and shares[7_500, 128] == 32 and shares[130_000, 32] == 4
 
     def test_opcheck():
         from ssa.autograd import varlen_attention as boundary

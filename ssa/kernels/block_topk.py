@@ -10,7 +10,7 @@ Two kernels over chunks of query tiles, so that [Hkv, T, C] never exists and the
 (2) top-k, ROWS queries a warp: scores are ≥ 0, so their bits order as integers and a bisection on the bits is exact. The topk-th best
     maximum bounds the topk-th best score from below, and only the topk groups that reach it can hold the choice: their scores above
     the bound are listed, a bisection over the list finds the exact one, and the ids are sorted by counting the smaller ones.
-q [T,Hq,D], k_cmp [C,Hkv,D], lse [T,Hq] fp32 → [T,Hkv,topk] int32, −1 where a sample has fewer blocks.
+q [T,Hq,D], k_cmp [C,Hkv,D], lse [T,Hq] fp32 or fp64 → [T,Hkv,topk] int32, −1 where a sample has fewer blocks.
 Source: arXiv 2505.17412, Eq. 8; exact bisection as in FastVideo's VSA.
 """
 

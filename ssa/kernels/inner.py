@@ -183,7 +183,7 @@ def forward_rows(
     if BOUNDED:
         q32 = q.to(tl.float32)
         bound = tl.sqrt(tl.sum(q32 * q32, 1)) * k_norm * unit
-        small = tl.max(bound, 0) <= MAX_BOUND  # false for NaN
+        small = tl.max(bound, 0) <= MAX_BOUND  # false where k_norm is NaN; a row of q that is one spoils itself alone
         m_i = tl.where(small, bound, m_i)
         quick = tl.where(small, full, lo)
         acc, m_i, l_i = _forward_loop(

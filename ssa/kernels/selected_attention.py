@@ -31,8 +31,8 @@ MAX_SPLITS = 4
 def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and launch settings, H200, 2026-11-26.
 
-    Rows are found by an index, so it takes five stages to have a tile's rows on their way while the tile before is at work.
-    ENTRIES 64: three programs a multiprocessor, two for dq at a head size of 64.
+    Rows are found by an index, so it takes five stages to have a tile's rows on their way while the tile before is at work; at a head
+    size of 64 dq and dk dv have no room for that. ENTRIES 64: three programs a multiprocessor, two for dq at a head size of 64.
     """
     stream = {} if kernel == "dkv" else dict(ENTRIES=0)
     if dtype == torch.float32:

@@ -5,7 +5,7 @@
 
 q, o, do, dq [T,Hq,D]; k, v, dk, dv [N,Hkv,D]; lse, delta [T,Hq], fp64 where q is fp32, else fp32; cu_q, cu_k [n+1] int32; index [T]
 int32 or none: rows of both sides in segment order (windows that are not contiguous). Rows are (query, head) pairs, see common.py.
-Grid: (tiles · Hkv).
+Grid: (tiles · Hkv), for dk dv (tiles · Hkv · shares of the queries).
 The loops over keys and over queries are in inner.py.
 The backward makes seven products in two kernels instead of five in one: no atomics, so two runs are bitwise equal.
 Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2; arXiv 2505.17412, Eq. 6.
@@ -19,6 +19,8 @@ from torch import Tensor
 from .common import block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
 from .inner import dkv_rows, dq_keys, forward_rows, packed_rows, wide
 from .launch import cdiv, launcher
+
+SCRATCH = 512 * 2**20  # bytes of the parts of dk and dv
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[str, int]:
@@ -201,7 +203,7 @@ def varlen_attention_backward(
         args = (q, k, v, do, lse, delta, dq, cu_k, index, tiles, tiles.shape[2], scale)
         _dq_kernel[grid](*args, ACCUMULATE=out[0] is not None, **sizes, **config)
     gather = int(index is not None)
-    splits = _splits(n // 64 * hkv, t * hq // hkv // max(1, cu_q.shape[0] - 1))
+    splits = _splits(n // 64 * hkv, t * hq // hkv // max(1, cu_q.shape[0] - 1), 8 * n * hkv * d, long)
     dk, dv = launch_dkv(q, k, v, do, lse, delta, cu_q, 0, index, gather, tiles_k, index, gather, scale, out[1:], splits, config_k)
     return dq, dk, dv
 
@@ -246,9 +248,11 @@ def _long(k: Tensor, cu_k: Tensor) -> bool:
     return k.shape[0] >= 512 * max(1, cu_k.shape[0] - 1)
 
 
-def _splits(programs: int, rows: int) -> int:
-    """Few keys over many queries leave multiprocessors idle, at the end at least: cut the queries, a power of two for few variants."""
+def _splits(programs: int, rows: int, size: int, long: bool) -> int:
+    """Shares of the queries, whose parts take `size` bytes each: few keys over many queries leave multiprocessors idle, of long segments
+    at least in the last wave. Powers of two, so that few variants are compiled."""
+    enough, most = (8192, 64) if long else (2048, 32)
     splits = 1
-    while programs * splits < 8192 and rows // (splits * 2) >= 1024 and splits < 64:
+    while programs * splits < enough and rows // (splits * 2) >= 1024 and splits < most and 2 * splits * size <= SCRATCH:
         splits *= 2
     return splits

@@ -154,6 +154,21 @@ if IMPL == "triton":
         assert_choice(ids, q, k_cmp, partition, 4)
         assert torch.equal(ids, before)
 
+    def test_what_stays_in_registers_does_not_show(monkeypatch):
+        """34 groups of maxima where 32 are kept, and the candidates of 5 groups where those of 2 are."""
+        from ssa.kernels import block_topk as kernels
+
+        x = torch.arange(530, device=DEVICE)
+        coords = torch.stack([0 * x, x, 0 * x, 0 * x], 1)
+        partition = ssa.partition_voxels(coords, compression_block_size=1, selection_block_size=1, window_size=8)
+        q, _, _, k_cmp, _ = draw_qkv(partition, 1, 1, 16, torch.float32)
+        before = choose(q, k_cmp, partition, 5)
+        monkeypatch.setattr(kernels, "MAX_GROUPS", 32)
+        monkeypatch.setattr(kernels, "MAX_SLOTS", 2)
+        ids = choose(q, k_cmp, partition, 5)
+        assert_choice(ids, q, k_cmp, partition, 5)
+        assert torch.equal(ids, before)
+
     def test_opcheck():
         from ssa.autograd import block_topk as boundary
 

@@ -247,6 +247,7 @@ def _interpreted() -> bool:
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, rows: int, name_k: str = "k", name_v: str = "v") -> None:
+    device, dtype = q.device, q.dtype
     for name, x in (("q", q), (name_k, k), (name_v, v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -254,10 +255,10 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, rows: int, name_k: str = "
             raise TypeError(f"{name} must be floating point, got {x.dtype}")
         if x.ndim != 3:
             raise ValueError(f"{name} must be [rows, heads, head_dim], got {tuple(x.shape)}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+        if x.dtype != dtype:
+            raise ValueError(f"{name} must have q's dtype {dtype}, got {x.dtype}")
     if k.shape != v.shape:
         raise ValueError(f"{name_k} and {name_v} must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     if k.shape[0] != rows:

@@ -21,3 +21,12 @@ collect_ignore = ["test_aot.py"] if IMPL == "triton" and not CUDA else []
 def seeded():
     """Every test draws the same numbers in every run, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_tapes():
+    """A test may change the constants of a launcher, which a tape of the test before would not know."""
+    if IMPL == "triton":
+        from ssa.kernels.replay import forget
+
+        forget()

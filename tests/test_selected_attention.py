@@ -145,6 +145,19 @@ if IMPL == "triton":
         monkeypatch.setattr(boundary, "chunk_queries", lambda *_: chunk)
         compare(*problem(partition, random_choice(partition, 2, 2), dtype=dtype))
 
+    def test_order_of_the_blocks_does_not_show(monkeypatch):
+        """Block 3, which every query chooses, comes first among the programs of dk and dv."""
+        from ssa.kernels import selected_attention as kernels
+
+        partition = random_partition([90, 21])
+        ids = random_choice(partition, 2, 3)
+        ids[:90, :, 0], ids[:90, :, 1:] = 3, torch.where(ids[:90, :, 1:] == 3, -1, ids[:90, :, 1:])
+        function, _, tensors = problem(partition, ids, dtype=torch.float16)
+        before = run(function, tensors)[1]
+        monkeypatch.setattr(kernels, "MANY", 0)
+        assert all(torch.equal(a, b) for a, b in zip(run(function, tensors)[1], before, strict=True))
+        compare(*problem(partition, ids, dtype=torch.float16))
+
     @pytest.mark.parametrize(("width", "group"), [(1, 3), (2, 2)])
     def test_resident_keys_of_blocks_of_any_length(width, group):
         """Blocks of 216 (streamed), 180 (three tiles of 64), 140 (the last of 32), 90, 20 and 1 tokens; last tiles partly filled."""
@@ -157,11 +170,14 @@ if IMPL == "triton":
         ids[::2] = -1
         compare(*problem(partition, ids[..., :width], hq=group, d=16, dtype=torch.float16))
 
+    @pytest.mark.parametrize("part", [32, 512])
     @pytest.mark.parametrize("chunk", [20, 1000])
-    def test_inverse_map(chunk):
+    def test_inverse_map(chunk, part, monkeypatch):
         """A bucket (kv head, block) lists its (query, slot) entries in order, and each chunk's share of it; −1 ones come last."""
+        from ssa.kernels import selected_attention as kernels
         from ssa.kernels.selected_attention import invert
 
+        monkeypatch.setattr(kernels, "PART", part)
         partition = random_partition([50, 13])
         ids = random_choice(partition, 2, 3)
         num_blocks = len(partition.selection)
@@ -181,6 +197,18 @@ if IMPL == "triton":
         ends, begins = chunks.tolist()
         got = [entries[begins[i] : begins[i] + ends[i + 1] - ends[i]] for i in range(num_chunks * 2 * num_blocks)]
         assert got == sum(want, [])
+
+    def test_inverse_map_of_many_blocks():
+        """As a stable sort gives it; a bucket of its own for −1."""
+        from ssa.kernels.selected_attention import invert
+
+        ids = torch.randint(-1, 600, (300, 2, 3), dtype=torch.int32).to(DEVICE)
+        ids[::3] = 7
+        bucket = torch.where(ids >= 0, ids + 600 * torch.arange(2, device=DEVICE)[:, None], 1200).flatten()
+        csr_offsets, csr_indices, chunks = invert(ids, 600, 300)
+        assert torch.equal(csr_indices, bucket.sort(stable=True).indices.int())
+        assert csr_offsets.tolist() == [0, *bucket.bincount(minlength=1201).cumsum(0).tolist()[:-1]]
+        assert torch.equal(chunks, csr_offsets.expand(2, -1))
 
     def test_opcheck():
         from ssa.autograd import selected_attention as boundary

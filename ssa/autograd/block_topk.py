@@ -12,7 +12,6 @@ def block_topk(
     q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_blocks: Tensor, child_offsets: Tensor, fill_order: Tensor, topk: int,
     softmax_scale: float,
 ) -> Tensor:  # fmt: skip
-    q, k_cmp, lse = (x.contiguous() for x in (q, k_cmp, lse))
     return kernels.block_topk(q, k_cmp, lse, cu_seqlens, cu_blocks, child_offsets, fill_order, topk, softmax_scale)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..kernels.common import interpreted
+from ..kernels.replay import replayed
 
 __all__ = ["Operator", "first_order_only", "interpreted", "operator"]
 
@@ -18,13 +19,14 @@ class Operator:
     """`torch.library.custom_op` without what small inputs feel: it looks for aliases among the outputs of every call.
 
     Its gradient reads the whole schema, argument by argument, in every call: 0.1 ms for 17 of them. So that is our own too.
+    The function gets its tensors contiguous; on few rows its launches are replayed.
     """
 
     def __init__(self, name: str, function: Callable):
         self.name = f"ssa::{name}"
         schema = torch.library.infer_schema(function, mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, replayed(function), "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.ssa, name).default
 
     def __call__(self, *args: Any) -> Any:

@@ -24,7 +24,6 @@ def fake_inverse_map(q: Tensor, topk_indices: Tensor, offsets: Tensor) -> tuple[
 def selected_attention(
     q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, topk_indices = (x.contiguous() for x in (q, k, v, topk_indices))
     chunk = queries_per_chunk(q, topk_indices)
     csr = invert(topk_indices, offsets.shape[0] - 1, chunk)
     return *selected_attention_forward(q, k, v, topk_indices, offsets, *csr[1:], chunk, softmax_scale), *csr
@@ -41,7 +40,6 @@ def _backward_op(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, topk_indices: Tensor, offsets: Tensor,
     csr_offsets: Tensor, csr_indices: Tensor, chunks: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    do, dlse, q, k, v, topk_indices = (x.contiguous() for x in (do, dlse, q, k, v, topk_indices))
     delta = attention_delta(o, do, dlse)
     chunk = queries_per_chunk(q, topk_indices)
     return selected_attention_backward(

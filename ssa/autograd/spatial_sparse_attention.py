@@ -22,7 +22,6 @@ def spatial_sparse_attention(
     cu_compression: Tensor, cu_selection: Tensor, child_offsets: Tensor, fill_order: Tensor, offsets: Tensor, cu_window: Tensor,
     window_index: Tensor | None, topk: int, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, k_cmp, v_cmp, gates = (x.contiguous() for x in (q, k, v, k_cmp, v_cmp, gates))
     tiles_cmp, tiles_topk, tiles_win = tile_maps(
         forward_map(q, k_cmp, cu_seqlens, cu_compression), topk_map(q, k_cmp, cu_seqlens), forward_map(q, k, cu_window, cu_window)
     )
@@ -59,7 +58,6 @@ def _backward_op(
     chunks: Tensor, cu_seqlens: Tensor, cu_compression: Tensor, offsets: Tensor, cu_window: Tensor, window_index: Tensor | None,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    do, q, k, v, k_cmp, v_cmp, gates = (x.contiguous() for x in (do, q, k, v, k_cmp, v_cmp, gates))
     dos, deltas, dgates = gated_sum_backward(do, [o_cmp, o_slc, o_win], gates)
     dq, dk_cmp, dv_cmp = varlen_attention_backward(
         q, k_cmp, v_cmp, dos.pop(0), lse_cmp, deltas[0], cu_seqlens, cu_compression, None, softmax_scale

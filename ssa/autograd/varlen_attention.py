@@ -11,7 +11,6 @@ from .common import first_order_only, operator
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, index: Tensor | None, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (x.contiguous() for x in (q, k, v))
     return varlen_attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, index, softmax_scale)
 
 
@@ -25,7 +24,6 @@ def _backward_op(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     index: Tensor | None, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    do, dlse, q, k, v = (x.contiguous() for x in (do, dlse, q, k, v))
     delta = attention_delta(o, do, dlse)
     return varlen_attention_backward(q, k, v, do, lse, delta, cu_seqlens_q, cu_seqlens_k, index, softmax_scale)
 

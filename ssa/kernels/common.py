@@ -84,6 +84,38 @@ def tile_maps(*maps: tuple[Tensor, int, int], chunks: int = 1) -> list[Tensor]:
     return outs
 
 
+@launcher
+@triton.jit(do_not_specialize=["num_rows"])
+def _norm_kernel(
+    k_ptr, out_ptr, num_rows, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    part, kv = tl.program_id(0), tl.program_id(1)
+    largest = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(part * ROWS, tl.minimum((part + 1) * ROWS, num_rows), BLOCK_N):
+        row = start + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, (row.to(tl.int64) * HKV + kv) * D, row < num_rows, D, BLOCK_D).to(tl.float32)
+        largest = tl.maximum(largest, tl.sum(k * k, 1))
+    tl.store(out_ptr + part * HKV + kv, tl.sqrt(tl.max(largest, 0)))
+
+
+def _norms(k: Tensor) -> Tensor:
+    """[n,Hkv,D] → max |k| of every 2,048 rows, [parts,Hkv,1] fp32."""
+    n, hkv, d = k.shape
+    out = torch.empty(cdiv(n, 2048), hkv, 1, dtype=torch.float32, device=k.device)
+    sizes = dict(HKV=hkv, D=d, BLOCK_D=block_d(d), BLOCK_N=8192 // block_d(d), ROWS=2048)
+    _norm_kernel[out.shape[:2]](k, out, n, **sizes, num_warps=4)
+    return out
+
+
+def largest_norm(k: Tensor) -> Tensor | None:
+    """max |k| [1,Hkv,1] of [n,Hkv,D], n > 0, for the bounded forward: bf16 only, fp16 has not the range and fp32 not the need."""
+    if k.dtype != torch.bfloat16:
+        return None
+    while (k := _norms(k)).shape[0] > 1:
+        pass
+    return k
+
+
 @triton.jit
 def load_tile(tiles_ptr, tile, num_tiles):
     """Segment, first position and number of positions of a tile."""

@@ -9,7 +9,7 @@ Triton compiled:
     integers                     by value; those in do_not_specialize by whether they fit 32 bits
     None, floats                 by type
 
-Launch hooks are not called. A kernel of Triton's interpreter stays as it is.
+Launch hooks are not called. A kernel of Triton's interpreter stays as it is. Where replay.py writes a call down, launches are noted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 import triton
 from torch import Tensor
 from triton.runtime import driver
+
+from .replay import recording
 
 
 class Launcher:
@@ -51,11 +53,13 @@ class Launcher:
         found = tuple(key)
         kernel = self.compiled.get(found)
         if kernel is None:
-            self.compiled[found] = self.function[grid](*args, **constants)
+            kernel = self.compiled[found] = self.function[grid](*args, **constants)
         else:
             x, y, z = (*grid, 1, 1)[:3]
             stream = driver.active.get_current_stream(device)
             kernel.run(x, y, z, stream, kernel.function, kernel.packed_metadata, None, None, None, *values, *self.places)
+        if recording.recorder is not None:
+            recording.recorder.launched(kernel, grid, (*args, *self.places))
 
 
 def launcher(function: Any) -> Any:

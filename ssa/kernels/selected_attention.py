@@ -19,13 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LN2, LOG2E, block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
+from .common import LN2, LOG2E, block_d, largest_norm, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
 from .inner import dq_keys, forward_rows, packed_rows
-from .launch import cdiv, launcher
-from .varlen_attention import largest_norm, launch_dkv
+from .launch import cdiv, launcher, next_power_of_2
+from .varlen_attention import launch_dkv
 
 SCRATCH = 320 * 2**20
 MAX_SPLITS = 4
+MANY = 32768  # queries from which blocks are sorted by how many chose them: for fewer it takes longer than it saves
+PART, COUNTS = 256, 2**24  # entries that one program of the inverse map counts and places, at least; counts of all, about
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
@@ -54,58 +56,113 @@ def chunk_queries(num_heads: int, head_dim: int, topk: int, itemsize: int) -> in
     return max(1, SCRATCH // (num_heads * topk * (head_dim * itemsize + 4)))
 
 
-@launcher
-@triton.jit(do_not_specialize=["num_entries", "num_blocks"])
-def _bucket_kernel(ids_ptr, bucket_ptr, num_entries, num_blocks, TOPK: tl.constexpr, HKV: tl.constexpr, BLOCK: tl.constexpr):
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    block = tl.load(ids_ptr + entry, mask=entry < num_entries, other=-1)
-    bucket = tl.where(block >= 0, entry // TOPK % HKV * num_blocks + block, HKV * num_blocks)
-    tl.store(bucket_ptr + entry, bucket, mask=entry < num_entries)
+@triton.jit
+def _entries_of(part, num_entries, chunk_entries, chunk_parts, part_entries):
+    """First entry of a part and the end of it. Parts never cross chunks."""
+    chunk = part // chunk_parts
+    lo = chunk * chunk_entries + part % chunk_parts * part_entries
+    return lo, tl.minimum(tl.minimum(lo + part_entries, (chunk + 1) * chunk_entries), num_entries)
+
+
+@triton.jit
+def _buckets(ids_ptr, entry, end, num_blocks, TOPK: tl.constexpr, HKV: tl.constexpr):
+    block = tl.load(ids_ptr + entry, mask=entry < end, other=-1)
+    return tl.where(block >= 0, entry // TOPK % HKV * num_blocks + block, HKV * num_blocks)
 
 
 @launcher
-@triton.jit(do_not_specialize=["num_entries", "num_buckets", "steps"])
-def _csr_kernel(
-    bucket_ptr, entries_ptr, offsets_ptr, indices_ptr, chunks_ptr, num_entries, num_buckets, steps, BLOCK: tl.constexpr
+@triton.jit(do_not_specialize=["num_entries", "num_blocks", "chunk_entries", "chunk_parts", "part_entries"])
+def _count_kernel(
+    ids_ptr, counts_ptr, num_entries, num_blocks, chunk_entries, chunk_parts, part_entries, TOPK: tl.constexpr, HKV: tl.constexpr,
+    BLOCK: tl.constexpr, BUCKETS: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(indices_ptr + i, tl.load(entries_ptr + i, mask=i < num_entries, other=0).to(tl.int32), mask=i < num_entries)
-    if tl.program_id(0) * BLOCK <= num_buckets:
-        lo = tl.zeros([BLOCK], tl.int32)
-        hi = tl.zeros([BLOCK], tl.int32) + num_entries
-        for _ in range(steps):  # how many entries lie before bucket i
-            mid = lo + (hi - lo) // 2
-            below = tl.load(bucket_ptr + mid, mask=lo < hi, other=0) < i
-            lo = tl.where(below & (lo < hi), mid + 1, lo)
-            hi = tl.where(below, hi, mid)
-        tl.store(offsets_ptr + i, lo, mask=i <= num_buckets)
-        tl.store(chunks_ptr + i, lo, mask=i <= num_buckets)  # of a single chunk
-        tl.store(chunks_ptr + (num_buckets + 1) + i, lo, mask=i <= num_buckets)
+    """counts [parts, Hkv · S + 1]: entries of each bucket in each part. Sums of integers, so atomics give the same in any order."""
+    part, i = tl.program_id(0), tl.arange(0, BLOCK)
+    lo, hi = _entries_of(part, num_entries, chunk_entries, chunk_parts, part_entries)
+    counts_ptr += part.to(tl.int64) * (HKV * num_blocks + 1)
+    for first in range(0, HKV * num_blocks + 1, BUCKETS):
+        at = first + tl.arange(0, BUCKETS)
+        tl.store(counts_ptr + at, tl.zeros([BUCKETS], tl.int32), mask=at <= HKV * num_blocks)
+    tl.debug_barrier()
+    for start in range(lo, hi, BLOCK):
+        bucket = _buckets(ids_ptr, start + i, hi, num_blocks, TOPK, HKV)
+        tl.atomic_add(counts_ptr + bucket, tl.full([BLOCK], 1, tl.int32), mask=start + i < hi, sem="relaxed")
+
+
+@launcher
+@triton.jit(do_not_specialize=["num_parts", "num_buckets"])
+def _sum_parts_kernel(counts_ptr, totals_ptr, num_parts, num_buckets, BLOCK_P: tl.constexpr, BLOCK_B: tl.constexpr):
+    """counts → entries of the bucket in the parts before; totals: in all."""
+    bucket = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    total = tl.zeros([BLOCK_B], tl.int32)
+    for start in range(0, num_parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        at = counts_ptr + part.to(tl.int64)[:, None] * num_buckets + bucket[None, :]
+        mask = (part < num_parts)[:, None] & (bucket < num_buckets)[None, :]
+        count = tl.load(at, mask=mask, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        total += tl.sum(count, 0)
+    tl.store(totals_ptr + bucket, total, mask=bucket < num_buckets)
+
+
+@launcher
+@triton.jit(do_not_specialize=["num_entries", "num_blocks", "chunk_entries", "chunk_parts", "part_entries"])
+def _csr_kernel(
+    ids_ptr, counts_ptr, totals_ptr, offsets_ptr, indices_ptr, chunks_ptr, num_entries, num_blocks, chunk_entries, chunk_parts,
+    part_entries, TOPK: tl.constexpr, HKV: tl.constexpr, BLOCK: tl.constexpr, BUCKETS: tl.constexpr,
+):  # fmt: skip
+    """Puts the entries of a part where they belong. Its row of counts becomes the place of the next entry of every bucket."""
+    part, i = tl.program_id(0), tl.arange(0, BLOCK)
+    lo, hi = _entries_of(part, num_entries, chunk_entries, chunk_parts, part_entries)
+    counts_ptr += part.to(tl.int64) * (HKV * num_blocks + 1)
+    before = 0
+    for first in range(0, HKV * num_blocks + 1, BUCKETS):
+        at = first + tl.arange(0, BUCKETS)
+        there = at <= HKV * num_blocks
+        total = tl.load(totals_ptr + at, mask=there, other=0)
+        begin = before + tl.cumsum(total, 0) - total
+        tl.store(counts_ptr + at, tl.load(counts_ptr + at, mask=there, other=0) + begin, mask=there)
+        if part == 0:
+            tl.store(offsets_ptr + at, begin, mask=there)
+            tl.store(chunks_ptr + at, begin, mask=there)  # of a single chunk
+            tl.store(chunks_ptr + (HKV * num_blocks + 1) + at, begin, mask=there)
+        before += tl.sum(total, 0)
+    tl.debug_barrier()
+    for start in range(lo, hi, BLOCK):
+        entry = start + i
+        bucket = _buckets(ids_ptr, entry, hi, num_blocks, TOPK, HKV)
+        rank = tl.sum(((bucket[:, None] == bucket[None, :]) & (i[None, :] < i[:, None])).to(tl.int32), 1)
+        place = tl.load(counts_ptr + bucket, mask=entry < hi, other=0) + rank
+        tl.store(indices_ptr + place, entry, mask=entry < hi)
+        tl.debug_barrier()
+        tl.atomic_add(counts_ptr + bucket, tl.full([BLOCK], 1, tl.int32), mask=entry < hi, sem="relaxed")
+        tl.debug_barrier()
 
 
 def invert(topk_indices: Tensor, num_blocks: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse map: csr_offsets [Hkv · S + 1], csr_indices [T · Hkv · topk] and chunks, all int32, by one stable sort."""
+    """The inverse map: csr_offsets [Hkv · S + 1], csr_indices [T · Hkv · topk] and chunks, all int32, by a stable counting sort."""
     t, hkv, topk = topk_indices.shape
     m, n, num_chunks, device = t * hkv * topk, hkv * num_blocks, cdiv(t, chunk), topk_indices.device
     if t == 0:
         zeros = topk_indices.new_zeros
         return zeros(n + 1), zeros(0), zeros(2, 1)
-    bucket, offsets, indices, chunks = (
-        torch.empty(shape, dtype=torch.int32, device=device) for shape in ((m,), (n + 1,), (m,), (2, n + 1))
+    chunk_entries = min(chunk, t) * hkv * topk
+    rows = max(1, min(2048, COUNTS // (n + 1)))  # of counts, about
+    part_entries = max(PART, next_power_of_2(cdiv(m, rows)))
+    chunk_parts = cdiv(chunk_entries, part_entries)
+    counts, totals, offsets, indices, chunks = (
+        torch.empty(shape, dtype=torch.int32, device=device)
+        for shape in ((num_chunks * chunk_parts, n + 1), (n + 1,), (n + 1,), (m,), (2, n + 1))
     )
-    _bucket_kernel[(cdiv(m, 1024),)](topk_indices, bucket, m, num_blocks, TOPK=topk, HKV=hkv, BLOCK=1024, num_warps=4)
-    bucket, entries = torch.sort(bucket, stable=True)
-    _csr_kernel[(cdiv(max(m, n + 1), 256),)](
-        bucket, entries, offsets, indices, chunks, m, n, m.bit_length(), BLOCK=256, num_warps=4
-    )
-    if num_chunks > 1:
-        # (bucket, entry) pairs ascend: a chunk's share of a bucket begins at (bucket, first entry of the chunk)
-        first = torch.arange(num_chunks + 1, device=device)[:, None] * (chunk * hkv * topk)
-        pair = torch.arange(n, device=device) * 2**32 + first
-        share = torch.searchsorted(bucket.long() * 2**32 + entries, pair, out_int32=True)  # [chunks + 1, n]
-        share[-1] = offsets[1:]
-        size = torch.diff(share, dim=0).flatten().cumsum(0, dtype=torch.int32)
-        chunks = torch.stack([torch.nn.functional.pad(size, (1, 0)), share.flatten()[: num_chunks * n + 1]])
+    parts, sizes = (m, num_blocks, chunk_entries, chunk_parts, part_entries), dict(TOPK=topk, HKV=hkv, BLOCK=64, BUCKETS=1024, num_warps=2)
+    _count_kernel[(counts.shape[0],)](topk_indices, counts, *parts, **sizes)
+    _sum_parts_kernel[(cdiv(n + 1, 32),)](counts, totals, counts.shape[0], n + 1, BLOCK_P=128, BLOCK_B=32)
+    shares = counts[::chunk_parts, :-1].clone() if num_chunks > 1 else None
+    _csr_kernel[(counts.shape[0],)](topk_indices, counts, totals, offsets, indices, chunks, *parts, **sizes)
+    if shares is not None:
+        shares = torch.cat([shares + offsets[:-1], offsets[None, 1:]])  # [chunks + 1, n] where a chunk's share of a bucket begins
+        size = torch.diff(shares, dim=0).flatten().cumsum(0, dtype=torch.int32)
+        chunks = torch.stack([torch.nn.functional.pad(size, (1, 0)), shares.flatten()[: num_chunks * n + 1]])
     return offsets, indices, chunks
 
 
@@ -332,6 +389,16 @@ def _sum_slots_kernel(
     store_rows(dq_ptr, (row0 + local) * D, acc, valid, D, BLOCK_D, ACCUMULATE)
 
 
+def _hottest_first(offsets: Tensor, csr_offsets: Tensor, num_kv_heads: int, block_n: int, num_tokens: int) -> Tensor:
+    """Tile map of the blocks, first those that most queries chose: their programs take longest, and none of them begins last."""
+    order = csr_offsets.diff().view(num_kv_heads, -1).sum(0).argsort(descending=True)
+    cu = torch.nn.functional.pad(offsets.diff()[order].cumsum(0, dtype=torch.int32), (1, 0))
+    starts = torch.nn.functional.pad(offsets[:-1][order], (0, 1))
+    (tiles,) = tile_maps((torch.stack([cu, starts]), num_tokens, block_n))
+    tiles[0, 0] = order[tiles[0, 0]]
+    return tiles
+
+
 def selected_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, csr_indices: Tensor, chunks: Tensor, chunk: int,
     scale: float, config: dict | None = None,
@@ -375,7 +442,11 @@ def selected_attention_backward(
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
     config, config_k = configs[0] or _config("dq", d, q.dtype), configs[1] or _config("dkv", d, q.dtype)
     of_queries = chunks, min(chunk, t) * hkv * topk, _entries(config, hq // hkv)
-    tiles, tiles_k = tile_maps(of_queries, (offsets, t, config_k["BLOCK_N"]), chunks=cdiv(t, chunk))
+    if t < MANY:
+        tiles, tiles_k = tile_maps(of_queries, (offsets, t, config_k["BLOCK_N"]), chunks=cdiv(t, chunk))
+    else:
+        (tiles,) = tile_maps(of_queries, chunks=cdiv(t, chunk))
+        tiles_k = _hottest_first(offsets, csr_offsets, hkv, config_k["BLOCK_N"], t)
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
     for c in range(tiles.shape[0]):
         n = min(chunk, t - c * chunk)

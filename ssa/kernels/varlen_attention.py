@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_d, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
+from .common import block_d, largest_norm, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
 from .inner import dkv_rows, dq_keys, forward_rows, packed_rows, wide
 from .launch import cdiv, launcher
 
@@ -236,11 +236,6 @@ def launch_dkv(
 def _sizes(q: Tensor, k: Tensor, index: Tensor | None) -> dict:
     d = q.shape[2]
     return dict(HQ=q.shape[1], HKV=k.shape[1], D=d, BLOCK_D=block_d(d), GATHER=int(index is not None), PRECISION=precision(q))
-
-
-def largest_norm(k: Tensor) -> Tensor | None:
-    """max |k| [Hkv] for the bounded forward: bf16 only, fp16 has not the range and fp32 not the need."""
-    return torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(0) if k.dtype == torch.bfloat16 else None
 
 
 def _long(k: Tensor, cu_k: Tensor) -> bool:

@@ -32,8 +32,8 @@ def apply_symmetry(volume: Volume, index: int) -> Volume:
     matrix = symmetries()[index]
     axes = matrix.abs().argmax(1).tolist()
     flipped = [a for a in range(3) if matrix[a].sum() < 0]
-    latents = volume.latents[:, axes]
-    latents[:, flipped] = volume.resolution // CELL - 1 - latents[:, flipped]
+    last = volume.resolution // CELL - 1
+    latents = torch.stack([last - volume.latents[:, a] if i in flipped else volume.latents[:, a] for i, a in enumerate(axes)], 1)
     key = latents.long()
     order = ((key[:, 0] << 40) + (key[:, 1] << 20) + key[:, 2]).argsort()
 
@@ -41,19 +41,17 @@ def apply_symmetry(volume: Volume, index: int) -> Volume:
         moved = tile.view(-1, CELL, CELL, CELL).permute(0, *(1 + a for a in axes)).flip([1 + a for a in flipped])
         return moved.reshape(-1, CELL**3)[order]
 
-    def scatter(rows: Tensor) -> Tensor:
-        tile = torch.zeros(volume.inside.shape, dtype=rows.dtype, device=rows.device)
-        tile[volume.latent_index.long(), volume.child_index] = rows
-        return tile
-
-    band = move(scatter(torch.ones_like(volume.sharp)))
-    latent_index, child = band.nonzero().unbind(1)
+    rows = torch.full(volume.inside.shape, -1, dtype=torch.int32, device=latents.device)
+    rows[volume.latent_index.long(), volume.child_index] = torch.arange(len(volume.coords), dtype=torch.int32, device=latents.device)
+    rows = move(rows)
+    latent_index, child = (rows >= 0).nonzero().unbind(1)
+    source = rows[latent_index, child]
     latents = latents[order]
     return replace(
         volume,
         coords=latents[latent_index] * CELL + lattice(CELL, latents.device).int()[child],
-        values=move(scatter(volume.values))[band],
-        sharp=move(scatter(volume.sharp))[band],
+        values=volume.values[source],
+        sharp=volume.sharp[source],
         latents=latents,
         latent_index=latent_index.int(),
         inside=move(volume.inside),
@@ -75,7 +73,7 @@ def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device 
             moved.inside[c], meta=batch.meta[i],
         )  # fmt: skip
         turned.append(apply_symmetry(volume, index))
-    return replace(collate_volumes(turned).to(device), dropped=batch.dropped)
+    return replace(collate_volumes(turned).to(device, non_blocking), dropped=batch.dropped)
 
 
 def _find(matrix: Tensor) -> int:

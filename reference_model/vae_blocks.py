@@ -5,7 +5,7 @@ Rows of a level are `vae_grid.Level`'s: by sample, latent and Z-curve. Letters: 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,48 +17,14 @@ from torch.utils.checkpoint import checkpoint
 import ssa
 from reference_model.sparse_conv import SparseConv3d
 from reference_model.vae_grid import Level
+from reference_model.vae_layers import GroupNormSiLU, LayerNormSiLU, Narrow, Widen, unit_linear
 
 if TYPE_CHECKING:
     from reference_model.vae_encoder import EncoderPlan
 
+Extra = Callable[[Tensor], Tensor]  # rows [n,C] → the same with something added
+
 _ROWS = 1 << 18  # rows of the finest level handled at once: [rows, 8, 32] float32 is 268 MB
-
-
-def unit_linear(channels_in: int, channels_out: int, gain: float = 1.0) -> nn.Linear:
-    """Linear that starts with variance gain^2 times that of its input: outside norms nothing else keeps a signal's size."""
-    linear = nn.Linear(channels_in, channels_out)
-    nn.init.normal_(linear.weight, std=gain * channels_in**-0.5)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-class GroupNormSiLU(nn.Module):
-    """SiLU of GroupNorm over all rows of a sample and the channels of a group (32 groups, fewer if 32 does not divide C); eps 1e-5."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.groups, self.eps = math.gcd(32, channels), 1e-5
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """x [n,C], cu_seqlens [B+1] int32: bounds of the samples → [n,C] in x's dtype."""
-        return ssa.group_norm_silu(x, self.weight, self.bias, cu_seqlens, self.groups, self.eps)
-
-    def affine(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments [B,C] of each channel → (scale, shift) [B,C] such that x * scale + shift is the normalised x."""
-        means, variances = (x.unflatten(1, (self.groups, -1)) for x in (mean, variance))
-        center = means.mean(2, keepdim=True)
-        spread = (variances + (means - center).square()).mean(2, keepdim=True)
-        scale = (torch.rsqrt(spread + self.eps) * self.weight.view(self.groups, -1)).flatten(1)
-        return scale, self.bias - center.expand_as(means).flatten(1) * scale
-
-
-class LayerNormSiLU(nn.LayerNorm):
-    """SiLU of the LayerNorm of each row, in the dtype of the row. Worth compiling on a GPU: torch's own kernel is slow on narrow rows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(super().forward(x)).to(x.dtype)
 
 
 class Pool(nn.Module):
@@ -208,8 +174,8 @@ class UpBlock(nn.Module):
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
         self.skip = unit_linear(channels_in, channels_out)
 
-    def forward(self, x: Tensor, level: Level, finer: Level, extra: Tensor | None = None) -> Tensor:
-        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`; extra [8n,C'] is known of them."""
+    def forward(self, x: Tensor, level: Level, finer: Level, extra: Extra | None = None) -> Tensor:
+        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`; extra adds what is known of them."""
         h = _plus(self.conv1(self.norm1(x).repeat_interleave(8, 0), finer), extra)
         h = self.conv2(self.norm2(h), finer)
         return h + self.skip(x).to(h.dtype).repeat_interleave(8, 0)
@@ -228,15 +194,15 @@ class SubpixelUpBlock(nn.Module):
         self.conv1 = SparseConv3d(channels_out, channels_out, backend)
         self.conv2 = SparseConv3d(channels_out, channels_out, backend, zero=True)
 
-    def forward(self, x: Tensor, level: Level, finer: Level, extra: Tensor | None = None) -> Tensor:
-        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`; extra [8n,C'] is known of them."""
+    def forward(self, x: Tensor, level: Level, finer: Level, extra: Extra | None = None) -> Tensor:
+        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`; extra adds what is known of them."""
         h = self.conv1(_plus(_to_children(self.spread(self.norm1(x))), extra), finer)
         h = self.conv2(self.norm2(h), finer)
         return h + _to_children(self.skip(x).to(h.dtype))
 
 
-def _plus(x: Tensor, extra: Tensor | None) -> Tensor:
-    return x if extra is None else x + extra.to(x.dtype)
+def _plus(x: Tensor, extra: Extra | None) -> Tensor:
+    return x if extra is None else extra(x)
 
 
 def _to_children(x: Tensor) -> Tensor:
@@ -252,8 +218,8 @@ class ReleasedUpBlock(nn.Module):
         self.conv1 = SparseConv3d(channels_in, channels_out, backend)
         self.conv2 = SparseConv3d(channels_out, channels_out, backend)
 
-    def forward(self, x: Tensor, level: Level, finer: Level, extra: Tensor | None = None) -> Tensor:
-        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`; extra [8n,C'] is known of them."""
+    def forward(self, x: Tensor, level: Level, finer: Level, extra: Extra | None = None) -> Tensor:
+        """x [n,C] → [8n,C'] at the finer level, whose rows are all children of the rows of `level`; extra adds what is known of them."""
         h = _plus(F.silu(self.conv1(x, level)).repeat_interleave(8, 0), extra)
         return F.silu(self.conv2(h, finer))
 
@@ -277,6 +243,9 @@ class AttentionBlock(nn.Module):
         attended, _ = ssa.window_attention(q, k, v, partition)
         x = x + self.out(attended.flatten(1))
         return x + self.mlp(self.norm2(x))
+
+
+FUSED = (LayerNormSiLU, LiftRows, Widen, Narrow)  # modules that only move bytes: worth compiling on a GPU
 
 
 def position_code(coords: Tensor, channels: int, factor: float) -> Tensor:

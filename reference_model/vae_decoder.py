@@ -6,6 +6,7 @@ looks farther than 3 latents, so those rows may be cropped (training) or cut in 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ssa
-from reference_model.vae_blocks import ReleasedUpBlock, SubpixelUpBlock, UpBlock, position_code, unit_linear
+from reference_model.vae_blocks import ReleasedUpBlock, SubpixelUpBlock, UpBlock, position_code
 from reference_model.vae_encoder import GAIN, attend, attention_blocks
 from reference_model.vae_grid import Level, children_of_slots, find_latent_neighbors, slots_of_children
+from reference_model.vae_layers import Narrow, Widen, unit_linear
 from reference_model.vae_patch import patch_values
 
 if TYPE_CHECKING:
@@ -35,10 +37,10 @@ class Decoder(nn.Module):
         self.blocks = attention_blocks(config)
         self.up = nn.ModuleList(block(a, b, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
         self.occupancy = nn.ModuleList(nn.Linear(c, 1) for c in widths[1:-1]) if config.occupancy else None
-        self.head = unit_linear(widths[-1], 1)
+        self.head = unit_linear(widths[-1], 1, kind=Narrow)
         self.bounded, self.patch = config.head == "tanh", None
         if config.head == "polynomial":
-            self.patch = nn.Linear(1, widths[-1])  # of the polynomial's values, for the last block to see
+            self.patch = Widen(1, widths[-1])  # of the polynomial's values, for the last block to see
             nn.init.zeros_(self.head.weight)  # at first the polynomials speak alone
 
     def attend(self, z: Tensor, latents: Tensor, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float) -> Tensor:
@@ -80,7 +82,7 @@ class Decoder(nn.Module):
                     kept = kept.view(len(latents), edge**3)
                     x, finer = x[chosen], Level.of(latents, neighbors, edge, kept)
             level = finer
-        values = self.head(x).float()[:, 0]
+        values = self.head(x)
         if base is not None:
             values = values + base
         if self.bounded:
@@ -92,7 +94,7 @@ class Decoder(nn.Module):
     def _with_patch(self, block: nn.Module, x: Tensor, level: Level, finer: Level, base: Tensor) -> Tensor:
         """The last block, which sees the polynomial's values base [8n]."""
         assert self.patch is not None
-        return block(x, level, finer, self.patch(base.clamp(-2, 2)[:, None]))
+        return block(x, level, finer, partial(self.patch, t=base.clamp(-2, 2)))
 
     def _run(self, function, *args):
         if self.checkpointing and torch.is_grad_enabled():

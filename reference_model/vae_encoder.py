@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import ssa
 from reference_model.dataset import VolumeBatch
-from reference_model.vae_blocks import AttentionBlock, Children, Lift, down_block, position_code, unit_linear
+from reference_model.vae_blocks import AttentionBlock, Children, Lift, down_block, position_code
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
+from reference_model.vae_layers import unit_linear
 from reference_model.volume import CELL, child_index
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ class EncoderPlan:
 def _moments(batch: VolumeBatch) -> Tensor:
     """[B,2] float32: mean and variance of the values of each sample, 0 where there are none."""
     t, cu = batch.values.clamp(-1, 1).double(), batch.cu_seqlens.long()
-    sums = F.pad(torch.stack((t, t.square())).cumsum(1), (1, 0))[:, cu].diff()  # along rows: down columns a GPU adds one by one
-    mean, square = sums / cu.diff().clamp(min=1)
+    sums = [F.pad(x.cumsum(0), (1, 0))[cu].diff() for x in (t, t.square())]  # one at a time: of two, a GPU scans each with one block
+    mean, square = torch.stack(sums) / cu.diff().clamp(min=1)
     return torch.stack((mean, (square - mean.square()).clamp(min=0)), 1).float()
 
 

@@ -54,8 +54,8 @@ class Level:
         """[n,27] int32: row of the cell at + (dx, dy, dz), column (dx+1) + 3(dy+1) + 9(dz+1); -1 = none."""
         which, slot = _beside(self.edge, self.latents.device)
         if self.places is None:
-            first = torch.where(self.latent_neighbors >= 0, self.latent_neighbors * self.edge**3, -(1 << 30))
-            return first[:, which].add_(slot).clamp_(min=-1).view(-1, 27)  # in place: [L,edge^3,27] is gigabytes
+            first = torch.where(self.latent_neighbors >= 0, self.latent_neighbors * self.edge**3, -1)
+            return first[:, which].bitwise_or_(slot).view(-1, 27)  # a sum that leaves -1 alone; in place: [L,edge^3,27] is gigabytes
         latent, own = self.places // self.edge**3, self.places % self.edge**3
         return self._row_at(self.latent_neighbors[latent[:, None], which[own]], slot[own])
 

@@ -52,7 +52,8 @@ def test_compile_takes_what_only_moves_bytes() -> None:
     """Only marked here: the first call compiles."""
     model = build_model(configuration("train=gpu-256", "vae=tiny"), {}, torch.device("cpu"))
     compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
-    assert compiled == ["encoder.lift.rows"] + [f"decoder.up.{i}.norm{j}" for i in range(3) for j in (1, 2)]
+    norms = [f"decoder.up.{i}.norm{j}" for i in range(3) for j in (1, 2)]
+    assert compiled == ["encoder.lift.rows", *norms, "decoder.head", "decoder.patch"]
 
 
 def test_held_out_meshes_and_their_copies_are_not_trained_on() -> None:

@@ -10,7 +10,6 @@ from vae_inputs import random_latents, random_level, small_batch, stirred
 import ssa
 from reference_model.vae_blocks import (
     AttentionBlock,
-    GroupNormSiLU,
     Lift,
     Pool,
     ReleasedUpBlock,
@@ -21,6 +20,7 @@ from reference_model.vae_blocks import (
 )
 from reference_model.vae_encoder import EncoderPlan
 from reference_model.vae_grid import Level
+from reference_model.vae_layers import GroupNormSiLU
 
 
 def close(a, b, bound=2e-5):

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from reference_model.dataset import PreparedVolume, VolumeBatch, collate_volumes
+from reference_model.packed import PackedBatch, PackedVolume, read_packed
 from reference_model.resample import resample
 from reference_model.symmetry import turn_batch
 from reference_model.volume import Volume, load_volume, save_volume, without_margin
@@ -36,8 +37,8 @@ class Source(Protocol):
     def identity(self) -> str:
         """Text that changes with what can be drawn."""
 
-    def draw(self, rng: np.random.Generator, resolution: int) -> Volume:
-        """One volume of this resolution, chosen by rng alone; DrawError where the choice makes none."""
+    def draw(self, rng: np.random.Generator, resolution: int) -> Volume | PackedVolume:
+        """One volume of this resolution, without a margin, chosen by rng alone; DrawError where the choice makes none."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,11 @@ class PreparedSource:
             groups.setdefault(volume.resolution, []).append(volume)
         return groups
 
-    def draw(self, rng: np.random.Generator, resolution: int) -> Volume:
+    def draw(self, rng: np.random.Generator, resolution: int) -> Volume | PackedVolume:
         group = self._by_resolution.get(resolution) or self._by_resolution[max(self._by_resolution)]
-        return load_at(group[int(rng.integers(len(group)))].path, resolution)
+        path = group[int(rng.integers(len(group)))].path
+        packed = read_packed(path)
+        return packed if (packed.resolution, packed.margin) == (resolution, 0) else load_at(path, resolution)
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,9 @@ def load_at(path: Path, resolution: int) -> Volume:
 
 @dataclass(frozen=True)
 class DrawnBatch:
-    """A batch as workers make it; `to` turns the volumes where they are wanted, since at 1024 that takes a worker seconds each."""
+    """A batch as workers make it; `to` unpacks and turns volumes where they are wanted, since at 1024 that takes a worker seconds each."""
 
-    volumes: VolumeBatch
+    volumes: VolumeBatch | PackedBatch
     symmetries: tuple[int, ...]  # of each volume; none: they stay as they are
 
     @property
@@ -126,7 +129,8 @@ class DrawnBatch:
         return replace(self, volumes=self.volumes.pin_memory())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> VolumeBatch:
-        return turn_batch(self.volumes, self.symmetries, device, non_blocking)
+        volumes = self.volumes.unpack(device, non_blocking) if isinstance(self.volumes, PackedBatch) else self.volumes
+        return turn_batch(volumes, self.symmetries, device, non_blocking)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ class BatchStream(Dataset[DrawnBatch]):
         resolution = int(np.random.default_rng([self.seed, number]).choice(self.resolutions))
         rng = np.random.default_rng([self.seed, number, 1 + self.rank])
         weights = np.array([weight for _, weight in self.sources])
-        volumes: list[Volume] = []
+        volumes: list[Volume | PackedVolume] = []
         symmetries: list[int] = []
         held = dropped = in_a_row = 0
         while held < self.tokens:
@@ -181,7 +185,11 @@ class BatchStream(Dataset[DrawnBatch]):
             if self.symmetries:
                 symmetries.append(int(rng.integers(48)))
             held, in_a_row = held + tokens, 0
-        return DrawnBatch(replace(collate_volumes(volumes), dropped=dropped), tuple(symmetries))
+        packed = tuple(v for v in volumes if isinstance(v, PackedVolume))
+        if len(packed) == len(volumes):
+            return DrawnBatch(PackedBatch(packed, dropped), tuple(symmetries))
+        known = [v.unpack() if isinstance(v, PackedVolume) else v for v in volumes]
+        return DrawnBatch(replace(collate_volumes(known), dropped=dropped), tuple(symmetries))
 
     def loader(self, start: int, workers: int, ahead: int = 2) -> Iterator[DrawnBatch]:
         """Batches start, start + 1, …: made by `workers` processes, each `ahead` of its turn, in pinned memory where a GPU is."""

@@ -12,9 +12,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from reference_model.sources import find_sources
 from reference_model.vae import SparseVAE
 from reference_model.volume import CELL, load_volume, save_volume
 
+_FIXED = ("samples", "seed", "size", "grid", "thickness", "y_up")  # settings that ceiling and floor follow from
 _GAPS = {"f1@0.005": "F1@.005", "f1@0.001": "F1@.001", "f1@0.0002": "F1@2e-4", "normal_consistency": "normals"}
 _SCORES = {
     "f1@0.001": ("F1@.001", 1.0, 2), "f1@0.0002": ("F1@2e-4", 1.0, 2), "f1@0.005": ("F1@.005", 1.0, 2), "chamfer": ("Chamfer e-4", 1e4, 3),
@@ -80,9 +82,10 @@ def run_network(network: SparseVAE, path: Path, target: Path, prune: float | Non
 
 
 def score(
-    path: Path, resolution: int, volume_path: Path, vertices: NDArray, faces: NDArray, out: Path, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One row: facts and scores of the decoded surface, the ceiling and the floor."""
+    path: Path, resolution: int, volume_path: Path, vertices: NDArray, faces: NDArray, out: Path, settings: Mapping[str, Any],
+    kept: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """One row: facts and scores of the decoded surface, the ceiling and the floor; kept: the last two may lie beside the volume."""
     mesh = load_mesh(path, settings["y_up"])
     grid = settings["grid"]
     truth = Surface(normalize(mesh)[0], mesh.faces, grid)
@@ -93,12 +96,30 @@ def score(
     closed = bool(truth.topology.closed.all())
     if settings["pictures"]:
         save_side_by_side(shown, out / "pictures" / f"{path.name}_{resolution}.png", f"{path.name} at {resolution}", size=384)
-    scored = {"result": shown["result"], "ceiling": shown["ceiling"], "floor": truth}
+    against = partial(compare, truth, samples=settings["samples"], seed=settings["seed"], picture_size=settings["size"])
+    scores = {"result": against(shown["result"])}
+    beside = volume_path.with_suffix(".json") if kept else None
+    scores |= _limits(beside, settings, lambda: {"ceiling": against(shown["ceiling"]), "floor": against(truth)})
     return {
         "mesh": path.name, "faces": len(mesh.faces), "resolution": resolution, "closed": closed, "truth": truth.topology.summary(),
         "thin_share": truth.thin_share(4.0 / resolution) if closed else None, "volume": dict(volume.meta),
-        "scores": {name: compare(truth, s, settings["samples"], settings["seed"], settings["size"]) for name, s in scored.items()},
+        "scores": scores,
     }  # fmt: skip
+
+
+def _limits(path: Path | None, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Scores of ceiling and floor: those in the file, if it was made with these settings, else made and written there."""
+    fixed = {name: settings[name] for name in _FIXED}
+    if path is not None and path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["settings"] == fixed:
+            return known["scores"]
+    scores = make()
+    if path is not None:
+        part = path.with_name(f".{os.getpid()}.{path.name}")
+        part.write_text(json.dumps({"settings": fixed, "scores": scores}), encoding="utf-8")
+        part.replace(path)
+    return scores
 
 
 def gaps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -196,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 left_out.append({"mesh": path.name, "resolution": resolution, "reason": str(reason)})
                 print(f"{path.name}: {reason}", file=sys.stderr)
                 continue
-            waiting.append((pool.submit(score, path, resolution, volume_path, vertices, faces, out, settings), facts))
+            scored = pool.submit(score, path, resolution, volume_path, vertices, faces, out, settings, "volumes" in paths)
+            waiting.append((scored, facts))
         for scored, facts in waiting:
             row = scored.result() | {"network": facts}
             rows.append(row)

@@ -34,7 +34,7 @@ RESAMPLING_MARGIN = 3**0.5  # voxel edges beyond the band that `resample` needs
 CELL = 8
 _CELLS = 256  # latents decoded at once: they stay in the cache
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.int32)  # bits of a byte
-_FORMAT, _VERSION, _MOST_LEVELS = "ssa-volume", "2", 32767
+FORMAT, VERSION, _MOST_LEVELS = "ssa-volume", "2", 32767
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ def save_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
         "inside": torch.from_numpy(np.packbits(inside[~band])),
     }
     header = {
-        "format": _FORMAT, "version": _VERSION, "resolution": str(volume.resolution), "scale": repr(float(volume.scale)),
+        "format": FORMAT, "version": VERSION, "resolution": str(volume.resolution), "scale": repr(float(volume.scale)),
         "margin": repr(float(volume.margin)), "levels": str(count),
         "offset": json.dumps([float(x) for x in volume.offset]), "y_up": json.dumps(volume.y_up), "meta": json.dumps(dict(volume.meta)),
     }  # fmt: skip
@@ -174,8 +174,8 @@ def volume_from_bytes(data: bytes, margin: bool = False) -> Volume:
 
 
 def _checked(tensors: Mapping[str, Tensor], header: Mapping[str, str], margin: bool) -> Volume:
-    if header.get("format") != _FORMAT or header.get("version") != _VERSION:
-        raise ValueError(f"not a volume of version {_VERSION}: {header.get('format')=}, {header.get('version')=}")
+    if header.get("format") != FORMAT or header.get("version") != VERSION:
+        raise ValueError(f"not a volume of version {VERSION}: {header.get('format')=}, {header.get('version')=}")
     try:
         volume = _decode({name: x.numpy() for name, x in tensors.items()}, header)
     except KeyError as error:

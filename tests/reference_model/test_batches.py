@@ -109,7 +109,7 @@ def test_prepared_volumes_come_at_their_resolution_and_turned(tmp_path) -> None:
     made = {r: volume_of(sphere(0.3, (0.2, 0.1, 0.0)), r) for r in (64, 128)}
     source = PreparedSource(tuple(prepared(v, tmp_path / f"{r}.safetensors", str(r)) for r, v in made.items()))
     stored = load_volume(tmp_path / "128.safetensors")
-    assert torch.equal(source.draw(np.random.default_rng(0), 128).values, stored.values)
+    assert torch.equal(source.draw(np.random.default_rng(0), 128).unpack().values, stored.values)
     plain = BatchStream([(source, 1.0)], (128,), tokens=1, max_tokens=10**6, symmetries=False)
     assert torch.equal(batch_of(plain, 3).values, stored.values)
     turned = [batch_of(replace(plain, symmetries=True), i) for i in range(12)]

@@ -71,15 +71,21 @@ def test_scores_of_a_moved_surface(inputs, tmp_path, workers, resolution, pruned
     assert "Gap to the ceiling" in text and text.count("| rod.obj |") == 2 * len(resolutions)
 
 
-def test_volumes_are_kept(inputs, tmp_path, monkeypatch):
+def test_volumes_ceilings_and_floors_are_kept(inputs, tmp_path, monkeypatch):
     common = [f"meshes={inputs / 'rod.obj'}", f"out={tmp_path / 'out'}", f"weights={tmp_path / 'w.safetensors'}", "pictures=false"]
     common += ["resolution=384", "samples=500", "size=64", "grid=32"]
     made, build = [], evaluate_vae.mesh_to_volume
+    scored, compare = [], evaluate_vae.compare
     monkeypatch.setattr(evaluate_vae, "mesh_to_volume", lambda *a, **k: made.append(1) or build(*a, **k))
-    for arguments, count in ((["volumes=" + str(tmp_path / "v")], 1), (["volumes=" + str(tmp_path / "v")], 1), ([], 2), ([], 3)):
+    monkeypatch.setattr(evaluate_vae, "compare", lambda *a, **k: scored.append(1) or compare(*a, **k))
+    kept, rows = f"volumes={tmp_path / 'v'}", []
+    calls = (([kept], 1, 3), ([kept], 1, 4), ([kept, "seed=1"], 1, 7), ([kept, "seed=0"], 1, 10), ([], 2, 13), ([], 3, 16))
+    for arguments, volumes, scores in calls:
         assert evaluate_vae.main([*common, *arguments]) == 0
-        assert len(made) == count
-    assert [path.name for path in (tmp_path / "v").iterdir()] == ["rod.obj_384.safetensors"]
+        assert (len(made), len(scored)) == (volumes, scores)
+        rows.append(json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))["rows"][0]["scores"])
+    assert rows[0] == rows[1] == rows[4] and rows[0]["ceiling"] != rows[2]["ceiling"]
+    assert sorted(path.name for path in (tmp_path / "v").iterdir()) == ["rod.obj_384.json", "rod.obj_384.safetensors"]
 
 
 def test_open_meshes_do_not_count_as_gaps():

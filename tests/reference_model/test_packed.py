@@ -1,0 +1,59 @@
+"""Packed volumes: bit for bit what the CPU's reader gives, alone and in batches."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from analytic import sphere, torus, volume_of
+from safetensors.torch import save_file
+
+from reference_model.batches import DrawnBatch
+from reference_model.dataset import collate_volumes
+from reference_model.packed import PackedBatch, read_packed
+from reference_model.symmetry import apply_symmetry
+from reference_model.volume import RESAMPLING_MARGIN, load_volume, save_volume
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def check_equal(a, b) -> None:
+    for f in fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        assert (x.dtype == y.dtype and torch.equal(x.cpu(), y.cpu())) if torch.is_tensor(x) else x == y, f.name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("margin", [0.0, RESAMPLING_MARGIN])
+def test_unpacked_is_loaded(tmp_path, device: str, margin: float) -> None:
+    path = tmp_path / "a.safetensors"
+    save_volume(volume_of(torus(0.3, 0.1), 128, margin=margin), path)
+    check_equal(read_packed(path).unpack(device), load_volume(path, margin=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_packed_batch_is_the_batch_of_its_volumes(tmp_path, device: str) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path, shape in zip(paths, (torus(0.3, 0.1), sphere(0.3, (0.2, 0.1, 0.0))), strict=True):
+        save_volume(volume_of(shape, 64), path)
+    volumes = [load_volume(path) for path in paths]
+    packed = PackedBatch(tuple(map(read_packed, paths)))
+    assert packed.counts == collate_volumes(volumes).counts and packed.resolution == 64
+    check_equal(DrawnBatch(packed, ()).to(device), collate_volumes(volumes))
+    turned = [apply_symmetry(v, i) for v, i in zip(volumes, (5, 30), strict=True)]
+    moved = DrawnBatch(packed, (5, 30)).to(device)
+    check_equal(moved, collate_volumes(turned))
+    assert {x.device.type for x in vars(moved).values() if torch.is_tensor(x)} == {device}
+
+
+def test_files_that_do_not_fit_are_named(tmp_path) -> None:
+    path = tmp_path / "a"
+    save_volume(volume_of(sphere(0.3), 64), path)
+    packed = read_packed(path)
+    with pytest.raises(ValueError, match="children are marked for"):
+        packed.map(lambda x: x if x.ndim > 1 else x[:-1]).unpack()
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a volume of version 2"):
+        read_packed(path)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="not a volume"):
+        read_packed(path)

@@ -1,7 +1,8 @@
 """What the VAE costs: `python -m reference_model.measure_vae out=DIRECTORY [weights=PATH] [conv_backend=triton] [memory_gb=80]`.
 
 Volumes are concentric spheres: how many decides the number of latents. For each resolution: a training step (forward and backward in bf16,
-activations recomputed, the decoder asked in one crop where `crop_from` says so), encoding, and decoding in chunks for each precision.
+the decoder asked in one crop where `crop_from` says so; `checkpointing` and `compile` as in training), encoding, and decoding in chunks
+for each precision.
 Times are medians after warm-up, synchronised; peaks are what torch allocated beyond the weights. Writes `measure.json` and `measure.md`.
 """
 
@@ -21,6 +22,7 @@ from reference_model.cli import parse
 from reference_model.dataset import VolumeBatch, collate_volumes
 from reference_model.tiles import lattice
 from reference_model.vae import SparseVAE, VAEConfig
+from reference_model.vae_blocks import compile_fused
 from reference_model.vae_decode import decode_volume, load_vae
 from reference_model.volume import CELL, TAU, Volume, voxel_centers
 
@@ -86,7 +88,8 @@ def measure_one(model: SparseVAE, volume: Volume, config: Any, device: torch.dev
     crop = config.crop_latents if volume.resolution >= config.crop_from else None
     if facts["latents"] <= config.train_latents:
         cost = measure(lambda: train_step(model.train(), batch, crop), device, config.repeats)
-        operations = {} if crop else {"tflops": 4e-9 * model.flops(batch) / cost["ms"]}  # forward, again, and a backward of two
+        passes = 4 if config.checkpointing else 3  # forward, perhaps again, and a backward of two
+        operations = {} if crop else {"tflops": passes * 1e-9 * model.flops(batch) / cost["ms"]}
         rows.append(facts | {"what": "training step", "precision": "bf16", "crop": crop} | cost | operations)
         model.zero_grad(set_to_none=True)
     latents = batch.latents[:, 1:]
@@ -132,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         model = SparseVAE(VAEConfig(conv_backend=config.conv_backend, **config.vae)).to(device)
         torch.nn.init.normal_(model.decoder.head.weight, std=config.vae.channels[0] ** -0.5)  # a fresh one adds nothing to polynomials
-    model.activation_checkpointing = True
+    model.activation_checkpointing = config.checkpointing
+    if config.compile:
+        compile_fused(model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     settings = {"command": " ".join(["python -m reference_model.measure_vae", *(sys.argv[1:] if argv is None else argv)])}
     settings["versions"] = f"{name}, torch {torch.__version__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"

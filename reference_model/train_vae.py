@@ -25,7 +25,7 @@ from reference_model.extract import extract_mesh
 from reference_model.train_settings import TrainSettings
 from reference_model.trainer import Trainer
 from reference_model.vae import SparseVAE, VAEConfig
-from reference_model.vae_blocks import FUSED
+from reference_model.vae_blocks import compile_fused
 from reference_model.vae_decode import decode_volume, load_vae, save_vae
 from reference_model.volume import Volume, load_volume
 
@@ -140,9 +140,8 @@ def build_model(config: Mapping[str, Any], paths: Mapping[str, str], device: tor
     if "init" in paths:
         model.load_state_dict(load_vae(paths["init"]).state_dict())
     model.activation_checkpointing = config["checkpointing"]
-    for module in model.modules():
-        if config["compile"] and isinstance(module, FUSED):
-            module.compile(dynamic=True)
+    if config["compile"]:
+        compile_fused(model)
     return model.to(device)
 
 

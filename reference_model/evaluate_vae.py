@@ -99,7 +99,7 @@ def score(
     against = partial(compare, truth, samples=settings["samples"], seed=settings["seed"], picture_size=settings["size"])
     scores = {"result": against(shown["result"])}
     beside = volume_path.with_suffix(".json") if kept else None
-    scores |= _limits(beside, settings, lambda: {"ceiling": against(shown["ceiling"]), "floor": against(truth)})
+    scores |= _limits(volume_path, beside, settings, lambda: {"ceiling": against(shown["ceiling"]), "floor": against(truth)})
     return {
         "mesh": path.name, "faces": len(mesh.faces), "resolution": resolution, "closed": closed, "truth": truth.topology.summary(),
         "thin_share": truth.thin_share(4.0 / resolution) if closed else None, "volume": dict(volume.meta),
@@ -107,9 +107,9 @@ def score(
     }  # fmt: skip
 
 
-def _limits(path: Path | None, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Scores of ceiling and floor: those in the file, if it was made with these settings, else made and written there."""
-    fixed = {name: settings[name] for name in _FIXED}
+def _limits(volume: Path, path: Path | None, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Scores of ceiling and floor: those in the file, if it was made of this volume with these settings, else made and written there."""
+    fixed = {name: settings[name] for name in _FIXED} | {"volume": [volume.stat().st_size, volume.stat().st_mtime_ns]}
     if path is not None and path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
         if known["settings"] == fixed:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reference_model.dataset import VolumeBatch, collate_volumes
 from reference_model.tiles import CELL, lattice
-from reference_model.volume import FORMAT, VERSION, Volume
+from reference_model.volume import Volume, check_schema
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,18 +35,16 @@ class PackedVolume:
         return replace(self, tensors={name: function(x) for name, x in self.tensors.items()})
 
     def unpack(self, device: torch.device | str = "cpu", non_blocking: bool = False) -> Volume:
-        """The volume on a device, bit for bit that of `load_volume(…, margin=True)`; ValueError where band and values do not fit."""
+        """The volume on a device, bit for bit that of `load_volume(…, margin=True)`."""
         x = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
-        latents, n = x["latents"].int(), len(x["values"])
+        latents = x["latents"].int()
         band = _bits(x["band"]).view(-1, CELL**3)
         latent_index, child = band.nonzero().unbind(1)
-        if len(child) != n or x["sharp"].numel() * 8 < n or x["inside"].numel() * 8 < band.numel() - n:
-            raise ValueError(f"{self.meta.get('source')}: {len(child)} children are marked for {n} values")
         values = x["values"].float() / torch.full((), self.levels, device=device)  # by a number, a GPU would multiply: another rounding
         inside = torch.zeros_like(band).masked_scatter_(band, values < 0).masked_scatter_(~band, _bits(x["inside"]))
         coords = latents[latent_index] * CELL + lattice(CELL, latents.device).int()[child]
         return Volume(
-            self.resolution, coords, values, _bits(x["sharp"])[:n], latents, latent_index.int(), inside,
+            self.resolution, coords, values, _bits(x["sharp"])[: len(values)], latents, latent_index.int(), inside,
             self.scale, self.offset, self.y_up, self.meta, self.margin,
         )  # fmt: skip
 
@@ -83,10 +81,9 @@ def read_packed(path: str | os.PathLike[str]) -> PackedVolume:
     try:
         with safe_open(path, "pt") as file:
             tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a volume: {error}") from error
-    if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{path}: not a volume of version {VERSION}: {header.get('format')=}, {header.get('version')=}")
+        check_schema(tensors, header)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: {'not a volume: ' if isinstance(error, SafetensorError) else ''}{error}") from error
     return PackedVolume(
         tensors, int(header["resolution"]), float(header["levels"]), float(header["scale"]), tuple(json.loads(header["offset"])),
         bool(json.loads(header["y_up"])), float(header["margin"]), json.loads(header["meta"]),

@@ -60,7 +60,7 @@ def apply_symmetry(volume: Volume, index: int) -> Volume:
 
 
 def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device | str, non_blocking: bool = False) -> VolumeBatch:
-    """A batch on the host → on the device, sample i moved by `apply_symmetry(…, indices[i])` there; no indices leave it as it is."""
+    """A batch on the device, its bounds from the host: sample i moved by `apply_symmetry(…, indices[i])`; no indices leave it as it is."""
     voxels, cells = batch.cu_seqlens.tolist(), batch.cu_latents.tolist()
     moved = batch.to(device, non_blocking)
     if not indices:

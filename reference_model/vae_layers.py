@@ -60,7 +60,10 @@ class Widen(nn.Linear):
 
 
 class Narrow(nn.Linear):
-    """Linear C → 1: x [n,C] → [n] float32. Worth compiling on a GPU, and written out for the same reason as `Widen`."""
+    """Linear C → 1: x [n,C] → [n] float32. Worth compiling on a GPU.
+
+    With gradients it is written out, for the reason of `Widen`, and sums in float32; without, it is a product in autocast's dtype.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

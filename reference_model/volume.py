@@ -34,7 +34,8 @@ RESAMPLING_MARGIN = 3**0.5  # voxel edges beyond the band that `resample` needs
 CELL = 8
 _CELLS = 256  # latents decoded at once: they stay in the cache
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.int32)  # bits of a byte
-FORMAT, VERSION, _MOST_LEVELS = "ssa-volume", "2", 32767
+_FORMAT, _VERSION, _MOST_LEVELS = "ssa-volume", "2", 32767
+_TENSORS, _HEADER = ("latents", "band", "values", "sharp", "inside"), ("resolution", "levels", "scale", "offset", "y_up", "margin", "meta")
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,7 @@ def save_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
         "inside": torch.from_numpy(np.packbits(inside[~band])),
     }
     header = {
-        "format": FORMAT, "version": VERSION, "resolution": str(volume.resolution), "scale": repr(float(volume.scale)),
+        "format": _FORMAT, "version": _VERSION, "resolution": str(volume.resolution), "scale": repr(float(volume.scale)),
         "margin": repr(float(volume.margin)), "levels": str(count),
         "offset": json.dumps([float(x) for x in volume.offset]), "y_up": json.dumps(volume.y_up), "meta": json.dumps(dict(volume.meta)),
     }  # fmt: skip
@@ -174,17 +175,23 @@ def volume_from_bytes(data: bytes, margin: bool = False) -> Volume:
 
 
 def _checked(tensors: Mapping[str, Tensor], header: Mapping[str, str], margin: bool) -> Volume:
-    if header.get("format") != FORMAT or header.get("version") != VERSION:
-        raise ValueError(f"not a volume of version {VERSION}: {header.get('format')=}, {header.get('version')=}")
-    try:
-        volume = _decode({name: x.numpy() for name, x in tensors.items()}, header)
-    except KeyError as error:
-        raise ValueError(f"{error} is missing") from error
+    check_schema(tensors, header)
+    volume = _decode({name: x.numpy() for name, x in tensors.items()}, header)
     return volume if margin else without_margin(volume)
 
 
-def _decode(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> Volume:
-    resolution = int(header["resolution"])
+def check_schema(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """ValueError names what breaks the schema of the module's docstring."""
+    if header.get("format") != _FORMAT or header.get("version") != _VERSION:
+        raise ValueError(f"not a volume of version {_VERSION}: {header.get('format')=}, {header.get('version')=}")
+    for names, held in ((_TENSORS, tensors), (_HEADER, header)):
+        for name in names:
+            if name not in held:
+                raise ValueError(f"{name!r} is missing")
+    _check_tensors({name: x.numpy() for name, x in tensors.items()}, int(header["resolution"]))
+
+
+def _check_tensors(tensors: Mapping[str, np.ndarray], resolution: int) -> None:
     _check_resolution(resolution)
     cells, n = len(tensors["latents"]), len(tensors["values"])
     for name, dtype, shape in (
@@ -197,10 +204,17 @@ def _decode(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> Vol
     counts = _ONES[tensors["band"]].sum(1)
     if counts.sum() != n or not counts.all():
         raise ValueError(f"band must mark one child a value and one at least in each latent, got {counts.sum()} children for {n} values")
-    latents = tensors["latents"].astype(np.int32)
+    latents = tensors["latents"]
     keys = latents.astype(np.int64) @ [1 << 32, 1 << 16, 1]
     if cells and (latents.min() < 0 or latents.max() >= resolution // CELL or not (keys[1:] > keys[:-1]).all()):
         raise ValueError("latents must be unique, lexicographic and in the grid")
+
+
+def _decode(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> Volume:
+    resolution = int(header["resolution"])
+    cells, n = len(tensors["latents"]), len(tensors["values"])
+    counts = _ONES[tensors["band"]].sum(1)
+    latents = tensors["latents"].astype(np.int32)
     values = np.divide(tensors["values"], np.float32(header["levels"]), dtype=np.float32)
     negative = tensors["values"] < 0
     coords, inside = np.empty((n, 3), np.int32), np.empty((cells, CELL**3), np.bool_)

@@ -48,7 +48,7 @@ def axpy(monkeypatch):
     monkeypatch.setattr(launch, "driver", DRIVER)
     monkeypatch.setattr(replay, "driver", DRIVER)
     monkeypatch.setattr(replay, "ENOUGH", 2)
-    monkeypatch.setattr(replay, "_small", lambda x: x.numel() <= replay.LARGE)
+    monkeypatch.setattr(replay, "_device", lambda x: 0 if x.numel() <= replay.LARGE else None)
     replay.forget()
     kernel = Launcher(Function())
     yield lambda x, y, out, n, scale: kernel[(1,)](x, y, out, n, scale, BLOCK=8)

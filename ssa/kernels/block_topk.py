@@ -259,7 +259,9 @@ def _topk_kernel(
             at = names_ptr + slot * stride + lane[None, :]
             entry = tl.load(at, mask=here, other=0)
             group = tl.load(groups_ptr + entry // GROUP * stride + lane[None, :], mask=here, other=0)
-            tl.store(at, tl.load(fill_order_ptr + group * GROUP + entry % GROUP, mask=here, other=0), mask=here)
+            name = tl.load(fill_order_ptr + group * GROUP + entry % GROUP, mask=here, other=0)
+            tl.debug_barrier()  # warps may hold the same entries: none is overwritten before all have read it
+            tl.store(at, name, mask=here)
         tl.debug_barrier()
         out_ptr = ids_ptr + ((first + part * ROWS).to(tl.int64) * HKV + kv) * topk + lane * (HKV * topk)
         for start in range(0, topk, SLOTS):  # in order: an id's place is the number of smaller ones

@@ -9,7 +9,7 @@ csr_indices lists them, csr_offsets says where each bucket begins, −1 ids come
 forward   o_e, lse_e of one block a row   →  combine: lse = log Σ_e exp(lse_e), o = Σ_e exp(lse_e − lse) o_e
 backward  dq_e a row → summed over slots; dk, dv: the kernel of varlen_attention.py, a segment being a block and its bucket
 Partial results live for one chunk of queries at a time (at most SCRATCH bytes): `chunks` [2, chunks · Hkv · S + 1] holds, chunk after
-chunk, the running size of its share of every bucket and where the share begins. No atomics: two runs are bitwise equal.
+chunk, the running size of its share of every bucket and where the share begins. Atomics only count: two runs are bitwise equal.
 q, o [T,Hq,D]; k, v [T,Hkv,D]; topk_indices [T,Hkv,topk] int32; offsets [S+1] int32; lse, delta [T,Hq] (`lse_dtype`).
 Source: arXiv 2505.17412, Algorithm 1, inverted; inverse map as in fla-org/flash-linear-attention.
 """
@@ -27,7 +27,8 @@ from .varlen_attention import launch_dkv
 SCRATCH = 320 * 2**20
 MAX_SPLITS = 4
 MANY = 32768  # queries from which blocks are sorted by how many chose them: for fewer it takes longer than it saves
-PART, COUNTS = 256, 2**24  # entries that one program of the inverse map counts and places, at least; counts of all, about
+PART = 256  # entries that one program of the inverse map counts and places, at least
+COUNTS = 2**24  # numbers of all these programs, one a bucket, but at least one program a chunk
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:

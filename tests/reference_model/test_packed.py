@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 import torch
 from analytic import sphere, torus, volume_of
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from reference_model.batches import DrawnBatch
 from reference_model.dataset import collate_volumes
@@ -48,9 +49,17 @@ def test_a_packed_batch_is_the_batch_of_its_volumes(tmp_path, device: str) -> No
 def test_files_that_do_not_fit_are_named(tmp_path) -> None:
     path = tmp_path / "a"
     save_volume(volume_of(sphere(0.3), 64), path)
-    packed = read_packed(path)
-    with pytest.raises(ValueError, match="children are marked for"):
-        packed.map(lambda x: x if x.ndim > 1 else x[:-1]).unpack()
+    tensors, (header, latents) = load_file(path), (safe_open(path, "pt").metadata(), load_file(path)["latents"])
+    broken = {
+        "'sharp' is missing": {name: x for name, x in tensors.items() if name != "sharp"},
+        "sharp must be": tensors | {"sharp": tensors["sharp"][:-1]},
+        "band must mark": tensors | {"band": torch.zeros_like(tensors["band"])},
+        "lexicographic": tensors | {"latents": latents.flip(0).contiguous()},
+    }
+    for match, parts in broken.items():
+        save_file(parts, path, header)
+        with pytest.raises(ValueError, match=match):
+            read_packed(path)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="not a volume of version 2"):
         read_packed(path)

@@ -94,18 +94,27 @@ def test_new_arguments_and_their_aliases(axpy):
 
 
 def test_what_differs_is_written_down_anew(axpy):
-    def body(x, y, n, scale):
+    def body(x, y, other, n, scale):
         o = torch.empty_like(x)
         axpy(x, y, o, n, scale)
         return o
 
     call, runs = counted(body)
-    x = floats(64)
-    calls = [(x[:32], 32, 0.5), (x[:16], 16, 0.5), (x[:32], 32, 0.25), (x[1:33], 32, 0.5), (x[::2], 32, 0.5), (x[4:36], 32, 0.5)]
-    for y, n, scale in calls:
+    x, half = floats(64), torch.zeros(4, dtype=torch.float16)
+    y = x[:32]
+    anew = [(y, y, half, 32, 0.5), (x[:16], x[:16], half, 16, 0.5), (y, y, half, 32, 0.25), (x[1:33], x[1:33], half, 32, 0.5)]
+    anew += [(y, None, half, 32, 0.5), (y, y, half.bfloat16(), 32, 0.5), (y, y, None, 32, 0.5)]
+    alike = [(x[::2], x[::2], half, 32, 0.5), (x[4:36], x[4:36], half, 32, 0.5)]  # made contiguous; aligned as x[0]
+    for y, z, other, n, scale in anew + alike:
         for _ in range(3):
-            torch.testing.assert_close(call(y, y, n, scale), (1 + scale) * y)
-    assert len(runs) == 2 * 4, "a strided argument is made contiguous, and x[4] is aligned as x[0]"
+            torch.testing.assert_close(call(y, z, other, n, scale), y if z is None else y + scale * z)
+    assert len(runs) == 2 * len(anew)
+    try:
+        torch.set_float32_matmul_precision("high")
+        call(*anew[0])
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(runs) == 2 * len(anew) + 1
 
 
 @pytest.mark.parametrize("inference", [False, True])

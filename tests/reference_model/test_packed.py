@@ -14,7 +14,7 @@ from reference_model.packed import PackedBatch, read_packed
 from reference_model.symmetry import apply_symmetry
 from reference_model.volume import RESAMPLING_MARGIN, load_volume, save_volume
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 
 
 def check_equal(a, b) -> None:

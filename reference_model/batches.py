@@ -64,9 +64,10 @@ class PreparedSource:
 
     def draw(self, rng: np.random.Generator, resolution: int) -> Volume | PackedVolume:
         group = self._by_resolution.get(resolution) or self._by_resolution[max(self._by_resolution)]
-        path = group[int(rng.integers(len(group)))].path
-        packed = read_packed(path)
-        return packed if (packed.resolution, packed.margin) == (resolution, 0) else load_at(path, resolution)
+        chosen = group[int(rng.integers(len(group)))]
+        if chosen.resolution == resolution and not (packed := read_packed(chosen.path)).margin:
+            return packed
+        return load_at(chosen.path, resolution)
 
 
 @dataclass(frozen=True)

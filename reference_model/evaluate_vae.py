@@ -98,8 +98,7 @@ def score(
         save_side_by_side(shown, out / "pictures" / f"{path.name}_{resolution}.png", f"{path.name} at {resolution}", size=384)
     against = partial(compare, truth, samples=settings["samples"], seed=settings["seed"], picture_size=settings["size"])
     scores = {"result": against(shown["result"])}
-    beside = volume_path.with_suffix(".json") if kept else None
-    scores |= _limits(volume_path, beside, settings, lambda: {"ceiling": against(shown["ceiling"]), "floor": against(truth)})
+    scores |= _limits(volume_path, kept, settings, lambda: {"ceiling": against(shown["ceiling"]), "floor": against(truth)})
     return {
         "mesh": path.name, "faces": len(mesh.faces), "resolution": resolution, "closed": closed, "truth": truth.topology.summary(),
         "thin_share": truth.thin_share(4.0 / resolution) if closed else None, "volume": dict(volume.meta),
@@ -107,18 +106,20 @@ def score(
     }  # fmt: skip
 
 
-def _limits(volume: Path, path: Path | None, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Scores of ceiling and floor: those in the file, if it was made of this volume with these settings, else made and written there."""
-    fixed = {name: settings[name] for name in _FIXED} | {"volume": [volume.stat().st_size, volume.stat().st_mtime_ns]}
-    if path is not None and path.exists():
+def _limits(volume: Path, kept: bool, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Scores of ceiling and floor; kept: those in the file beside the volume if they belong to it and to these settings, else new ones."""
+    if not kept:
+        return make()
+    path, facts = volume.with_suffix(".json"), volume.stat()
+    fixed = {name: settings[name] for name in _FIXED} | {"volume": [facts.st_size, facts.st_mtime_ns]}
+    if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
         if known["settings"] == fixed:
             return known["scores"]
     scores = make()
-    if path is not None:
-        part = path.with_name(f".{os.getpid()}.{path.name}")
-        part.write_text(json.dumps({"settings": fixed, "scores": scores}), encoding="utf-8")
-        part.replace(path)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    part.write_text(json.dumps({"settings": fixed, "scores": scores}), encoding="utf-8")
+    part.replace(path)
     return scores
 
 

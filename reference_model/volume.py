@@ -175,23 +175,23 @@ def volume_from_bytes(data: bytes, margin: bool = False) -> Volume:
 
 
 def _checked(tensors: Mapping[str, Tensor], header: Mapping[str, str], margin: bool) -> Volume:
-    check_schema(tensors, header)
-    volume = _decode({name: x.numpy() for name, x in tensors.items()}, header)
+    counts = check_schema(tensors, header)
+    volume = _decode({name: x.numpy() for name, x in tensors.items()}, header, counts)
     return volume if margin else without_margin(volume)
 
 
-def check_schema(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """ValueError names what breaks the schema of the module's docstring."""
+def check_schema(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> np.ndarray:
+    """Children marked in each latent; ValueError names what breaks the schema of the module's docstring."""
     if header.get("format") != _FORMAT or header.get("version") != _VERSION:
         raise ValueError(f"not a volume of version {_VERSION}: {header.get('format')=}, {header.get('version')=}")
     for names, held in ((_TENSORS, tensors), (_HEADER, header)):
         for name in names:
             if name not in held:
                 raise ValueError(f"{name!r} is missing")
-    _check_tensors({name: x.numpy() for name, x in tensors.items()}, int(header["resolution"]))
+    return _check_tensors({name: x.numpy() for name, x in tensors.items()}, int(header["resolution"]))
 
 
-def _check_tensors(tensors: Mapping[str, np.ndarray], resolution: int) -> None:
+def _check_tensors(tensors: Mapping[str, np.ndarray], resolution: int) -> np.ndarray:
     _check_resolution(resolution)
     cells, n = len(tensors["latents"]), len(tensors["values"])
     for name, dtype, shape in (
@@ -208,12 +208,12 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], resolution: int) -> None:
     keys = latents.astype(np.int64) @ [1 << 32, 1 << 16, 1]
     if cells and (latents.min() < 0 or latents.max() >= resolution // CELL or not (keys[1:] > keys[:-1]).all()):
         raise ValueError("latents must be unique, lexicographic and in the grid")
+    return counts
 
 
-def _decode(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> Volume:
+def _decode(tensors: Mapping[str, np.ndarray], header: Mapping[str, str], counts: np.ndarray) -> Volume:
     resolution = int(header["resolution"])
     cells, n = len(tensors["latents"]), len(tensors["values"])
-    counts = _ONES[tensors["band"]].sum(1)
     latents = tensors["latents"].astype(np.int32)
     values = np.divide(tensors["values"], np.float32(header["levels"]), dtype=np.float32)
     negative = tensors["values"] < 0

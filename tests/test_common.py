@@ -1,22 +1,23 @@
-"""The largest norm of the keys, of parts of the rows and then of these."""
+"""The largest norms of the keys, of shares of the rows."""
 
 import pytest
 import torch
 from utils import IMPL, draw
 
 if IMPL == "triton":
-    from ssa.kernels.common import _norms, largest_norm
+    from ssa.kernels.common import NORM_PARTS, cdiv, key_norms
 
-    @pytest.mark.parametrize("rows, heads, head_dim", [(1, 1, 16), (63, 3, 24), (2049, 2, 32), (5000, 1, 128)])
+    @pytest.mark.parametrize("rows, heads, head_dim", [(1, 1, 16), (63, 3, 24), (4097, 2, 32), (9000, 1, 128)])
     def test_norms(rows, heads, head_dim):
-        k = draw(rows, heads, head_dim)
-        want = torch.linalg.vector_norm(k, dim=-1)
-        parts = _norms(k)
-        assert parts.shape == (-(-rows // 2048), heads, 1) and parts.dtype == torch.float32
-        for part, x in zip(parts, want.split(2048), strict=True):
-            torch.testing.assert_close(part[:, 0], x.amax(0))
-        torch.testing.assert_close(_norms(parts)[0, :, 0], want.amax(0))
+        k = draw(rows, heads, head_dim).bfloat16()
+        want = torch.linalg.vector_norm(k.float(), dim=-1)
+        norms = key_norms(k)
+        assert norms.shape == (NORM_PARTS.value, heads) and norms.dtype == torch.float32
+        share = cdiv(cdiv(rows, NORM_PARTS.value), 64) * 64
+        for part, x in zip(norms, want.split(share), strict=False):
+            torch.testing.assert_close(part, x.amax(0))
+        torch.testing.assert_close(norms.amax(0), want.amax(0))
 
     def test_only_bf16_is_bounded():
         k = draw(9, 2, 32)
-        assert largest_norm(k) is None and largest_norm(k.half()) is None
+        assert key_norms(k) is None and key_norms(k.half()) is None

@@ -20,6 +20,8 @@ from .launch import Launcher, cdiv, launcher, next_power_of_2
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.925963033500e-8)  # what fp32 leaves out of it
 LN2 = tl.constexpr(0.6931471805599453)
+NORM_PARTS = tl.constexpr(64)  # shares of the keys whose largest norms are kept
+NORM_ROWS = 64  # that a program reads at once
 
 
 @triton.jit
@@ -85,35 +87,37 @@ def tile_maps(*maps: tuple[Tensor, int, int], chunks: int = 1) -> list[Tensor]:
 
 
 @launcher
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "part_rows"])
 def _norm_kernel(
-    k_ptr, out_ptr, num_rows, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr
+    k_ptr, out_ptr, num_rows, part_rows, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     part, kv = tl.program_id(0), tl.program_id(1)
     largest = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(part * ROWS, tl.minimum((part + 1) * ROWS, num_rows), BLOCK_N):
+    for start in range(part * part_rows, tl.minimum((part + 1) * part_rows, num_rows), BLOCK_N):
         row = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, (row.to(tl.int64) * HKV + kv) * D, row < num_rows, D, BLOCK_D).to(tl.float32)
         largest = tl.maximum(largest, tl.sum(k * k, 1))
     tl.store(out_ptr + part * HKV + kv, tl.sqrt(tl.max(largest, 0)))
 
 
-def _norms(k: Tensor) -> Tensor:
-    """[n,Hkv,D] → max |k| of every 2,048 rows, [parts,Hkv,1] fp32."""
-    n, hkv, d = k.shape
-    out = torch.empty(cdiv(n, 2048), hkv, 1, dtype=torch.float32, device=k.device)
-    sizes = dict(HKV=hkv, D=d, BLOCK_D=block_d(d), BLOCK_N=8192 // block_d(d), ROWS=2048)
-    _norm_kernel[out.shape[:2]](k, out, n, **sizes, num_warps=4)
-    return out
+@triton.jit
+def load_norm(norms_ptr, kv, HKV: tl.constexpr):
+    """max |k| of a key/value head, from `key_norms`."""
+    return tl.max(tl.load(norms_ptr + tl.arange(0, NORM_PARTS) * HKV + kv), 0)
 
 
-def largest_norm(k: Tensor) -> Tensor | None:
-    """max |k| [1,Hkv,1] of [n,Hkv,D], n > 0, for the bounded forward: bf16 only, fp16 has not the range and fp32 not the need."""
+def key_norms(k: Tensor) -> Tensor | None:
+    """max |k| of each of NORM_PARTS shares of the rows of [n,Hkv,D], [NORM_PARTS,Hkv] fp32, for the bounded forward.
+
+    bf16 only: fp16 has not the range and fp32 not the need. One launch: whoever needs the largest takes it of the shares.
+    """
     if k.dtype != torch.bfloat16:
         return None
-    while (k := _norms(k)).shape[0] > 1:
-        pass
-    return k
+    n, hkv, d = k.shape
+    out = torch.empty(NORM_PARTS.value, hkv, dtype=torch.float32, device=k.device)
+    part_rows = cdiv(cdiv(n, NORM_PARTS.value), NORM_ROWS) * NORM_ROWS
+    _norm_kernel[out.shape](k, out, n, part_rows, HKV=hkv, D=d, BLOCK_D=block_d(d), BLOCK_N=NORM_ROWS, num_warps=4)
+    return out
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LN2, LOG2E, block_d, largest_norm, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
+from .common import LN2, LOG2E, block_d, key_norms, load_norm, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
 from .inner import dq_keys, forward_rows, packed_rows
 from .launch import cdiv, launcher, next_power_of_2
 from .varlen_attention import launch_dkv
@@ -226,7 +226,7 @@ def _resident_rows(
 @launcher
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
 def _fwd_kernel(
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, k_norm_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, norms_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
     entry0, TOPK: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -238,7 +238,9 @@ def _fwd_kernel(
         lo, hi = tl.load(offsets_ptr + block), tl.load(offsets_ptr + block + 1)
         if ENTRIES > 0 and q_ptr.dtype.element_ty != tl.float32 and hi - lo <= 192:
             what = (q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, kv, lo, hi, first, first + count, entry0, scale)
-            if hi - lo <= 64:
+            if hi - lo <= 32:
+                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 32)
+            elif hi - lo <= 64:
                 _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 64)
             elif hi - lo <= 128:
                 _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 1, 64)
@@ -249,7 +251,7 @@ def _fwd_kernel(
         else:
             k_norm = 0.0
             if BOUNDED:
-                k_norm = tl.load(k_norm_ptr + kv)
+                k_norm = load_norm(norms_ptr, kv, HKV)
             for start in range(first, first + count, BLOCK_M // G):
                 valid, head = packed_rows(
                     entries_ptr, start, tl.minimum(first + count - start, BLOCK_M // G), kv, HQ, G, BLOCK_M, HKV * TOPK
@@ -352,7 +354,9 @@ def _dq_kernel(
         if ENTRIES > 0 and q_ptr.dtype.element_ty != tl.float32 and hi - lo <= 192:
             tensors = (q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_ptr, entries_ptr)
             where = (kv, lo, hi, first, first + count, entry0, scale)
-            if hi - lo <= 64:
+            if hi - lo <= 32:
+                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 32)
+            elif hi - lo <= 64:
                 _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 64)
             elif hi - lo <= 128:
                 _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 1, 64)
@@ -412,7 +416,7 @@ def selected_attention_forward(
         return o, lse
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
-    k_norm = None if config["ENTRIES"] else largest_norm(k)
+    norms = None if config["ENTRIES"] else key_norms(k)
     share = _entries(config, hq // hkv)
     (tiles,) = tile_maps((chunks, min(chunk, t) * hkv * topk, share), chunks=cdiv(t, chunk))
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
@@ -420,8 +424,8 @@ def selected_attention_forward(
     for c in range(tiles.shape[0]):
         n = min(chunk, t - c * chunk)
         _fwd_kernel[(tiles.shape[2],)](
-            q, k, v, part, part_lse, k_norm, offsets, csr_indices, tiles[c], tiles.shape[2], scale, num_blocks,
-            c * chunk * hkv * topk, BOUNDED=k_norm is not None, **sizes, **config,
+            q, k, v, part, part_lse, norms, offsets, csr_indices, tiles[c], tiles.shape[2], scale, num_blocks,
+            c * chunk * hkv * topk, BOUNDED=norms is not None, **sizes, **config,
         )  # fmt: skip
         grid = (cdiv(n * hq, 64),)
         _combine_kernel[grid](

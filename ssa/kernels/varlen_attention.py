@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_d, largest_norm, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
+from .common import block_d, key_norms, load_norm, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
 from .inner import dkv_rows, dq_keys, forward_rows, packed_rows, wide
 from .launch import cdiv, launcher
 
@@ -46,7 +46,7 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype, long: bool) -> dict[
 @launcher
 @triton.jit(do_not_specialize=["num_tiles"])
 def _fwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_k_ptr, index_ptr, k_norm_ptr, tiles_ptr, num_tiles, scale, HQ: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_k_ptr, index_ptr, norms_ptr, tiles_ptr, num_tiles, scale, HQ: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr,
     BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def _fwd_kernel(
         lo, hi = tl.load(cu_k_ptr + segment), tl.load(cu_k_ptr + segment + 1)
         k_norm = 0.0
         if BOUNDED:
-            k_norm = tl.load(k_norm_ptr + kv)
+            k_norm = load_norm(norms_ptr, kv, HKV)
         o, lse = forward_rows(
             q, k_norm, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, BOUNDED, PRECISION
         )
@@ -179,12 +179,12 @@ def varlen_attention_forward(
     long = _long(k, cu_k)
     config = config or _config("fwd", q.shape[2], q.dtype, long)
     if q.shape[0]:
-        k_norm = largest_norm(k) if long else None
+        norms = key_norms(k) if long else None
         if tiles is None:
             (tiles,) = tile_maps(forward_map(q, k, cu_q, cu_k, config))
         grid = (tiles.shape[2] * k.shape[1],)
-        args = (q, k, v, o, lse, cu_k, index, k_norm, tiles, tiles.shape[2], scale)
-        _fwd_kernel[grid](*args, BOUNDED=k_norm is not None, **_sizes(q, k, index), **config)
+        args = (q, k, v, o, lse, cu_k, index, norms, tiles, tiles.shape[2], scale)
+        _fwd_kernel[grid](*args, BOUNDED=norms is not None, **_sizes(q, k, index), **config)
     return o, lse
 
 

@@ -5,6 +5,7 @@ any number. Letters: R resolution; tokens are latents.
 """
 
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,9 @@ from reference_model.resample import resample
 from reference_model.symmetry import turn_batch
 from reference_model.volume import Volume, load_volume, save_volume, without_margin
 
+Bounds = tuple[float, float]  # least and most
+
+ANY: Bounds = (0.0, math.inf)
 _PATIENCE = 200  # draws in a row that may be of no use
 
 
@@ -37,8 +41,11 @@ class Source(Protocol):
     def identity(self) -> str:
         """Text that changes with what can be drawn."""
 
-    def draw(self, rng: np.random.Generator, resolution: int) -> Volume | PackedVolume:
-        """One volume of this resolution, without a margin, chosen by rng alone; DrawError where the choice makes none."""
+    def draw(self, rng: np.random.Generator, resolution: int, tokens: Bounds = ANY) -> Volume | PackedVolume:
+        """One volume of this resolution, without a margin, chosen by rng alone; DrawError where the choice makes none.
+
+        A source that knows sizes beforehand keeps to the bounds on tokens if it can.
+        """
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,11 @@ class PreparedSource:
             groups.setdefault(volume.resolution, []).append(volume)
         return groups
 
-    def draw(self, rng: np.random.Generator, resolution: int) -> Volume | PackedVolume:
+    def draw(self, rng: np.random.Generator, resolution: int, tokens: Bounds = ANY) -> Volume | PackedVolume:
         group = self._by_resolution.get(resolution) or self._by_resolution[max(self._by_resolution)]
+        if tokens != ANY:
+            finer = (group[0].resolution / resolution) ** 2  # a surface has so many times the latents there
+            group = [v for v in group if tokens[0] <= v.tokens / finer <= tokens[1]] or group
         chosen = group[int(rng.integers(len(group)))]
         if chosen.resolution == resolution and not (packed := read_packed(chosen.path)).margin:
             return packed
@@ -83,7 +93,7 @@ class ShapeSource:
     def identity(self) -> str:
         return f"shapes {' '.join(self.families)} {self.first} {self.count}"
 
-    def draw(self, rng: np.random.Generator, resolution: int) -> Volume:
+    def draw(self, rng: np.random.Generator, resolution: int, tokens: Bounds = ANY) -> Volume:
         family = self.families[int(rng.integers(len(self.families)))]
         return self.make(family, self.first + int(rng.integers(self.count)), resolution)
 
@@ -141,6 +151,8 @@ class BatchStream(Dataset[DrawnBatch]):
     Volumes are added until the batch holds at least `tokens`: which ones are drawn does not depend on their size, as it would if the last
     had to fit. Volumes of more than `max_tokens` are dropped and counted, so a batch has less than tokens + max_tokens; so are draws that
     make no volume. ValueError when nothing else comes.
+    alike: the others have at most `alike` times the tokens of the first volume and at least that part of them, where their source knows
+    beforehand. The loss is a mean over the voxels of a batch: beside large volumes a small one would hardly count.
     """
 
     sources: Sequence[tuple[Source, float]]
@@ -150,6 +162,7 @@ class BatchStream(Dataset[DrawnBatch]):
     seed: int = 0
     symmetries: bool = True
     rank: int = 0
+    alike: float | None = None
 
     def __post_init__(self) -> None:
         weights = [weight for _, weight in self.sources]
@@ -157,6 +170,8 @@ class BatchStream(Dataset[DrawnBatch]):
             raise ValueError(f"sources need weights >= 0, one of them positive, got {weights}")
         if self.tokens < 1 or self.max_tokens < 1:
             raise ValueError(f"tokens and max_tokens must be positive, got {self.tokens=}, {self.max_tokens=}")
+        if self.alike is not None and self.alike < 1:
+            raise ValueError(f"alike must be at least 1, or None, got {self.alike=}")
 
     def data_hash(self) -> str:
         """sha256 of what can be drawn and how often."""
@@ -170,10 +185,11 @@ class BatchStream(Dataset[DrawnBatch]):
         volumes: list[Volume | PackedVolume] = []
         symmetries: list[int] = []
         held = dropped = in_a_row = 0
+        bounds = ANY
         while held < self.tokens:
             source, _ = self.sources[int(rng.choice(len(weights), p=weights / weights.sum()))]
             try:
-                volume = source.draw(rng, resolution)
+                volume = source.draw(rng, resolution, bounds)
                 tokens, reason = len(volume.latents), f"{len(volume.latents)} tokens of {self.max_tokens=}"
             except DrawError as error:
                 tokens, reason = 0, str(error)
@@ -182,6 +198,8 @@ class BatchStream(Dataset[DrawnBatch]):
                 if in_a_row == _PATIENCE:
                     raise ValueError(f"{_PATIENCE} draws in a row at {resolution=} cannot be used, the last one for {reason}")
                 continue
+            if self.alike and not volumes:
+                bounds = (tokens / self.alike, tokens * self.alike)
             volumes.append(volume)
             if self.symmetries:
                 symmetries.append(int(rng.integers(48)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from analytic import sphere, volume_of
 
-from reference_model.batches import BatchStream, PreparedSource, ShapeSource
+from reference_model.batches import ANY, BatchStream, Bounds, PreparedSource, ShapeSource
 from reference_model.dataset import PreparedVolume, VolumeBatch
 from reference_model.volume import RESAMPLING_MARGIN, Volume, load_volume, save_volume
 
@@ -21,8 +21,9 @@ class Numbered:
     tokens: tuple[int, ...]
     identity: str = "numbered"
 
-    def draw(self, rng: np.random.Generator, resolution: int) -> Volume:
-        index = int(rng.integers(len(self.tokens)))
+    def draw(self, rng: np.random.Generator, resolution: int, tokens: Bounds = ANY) -> Volume:
+        fitting = [i for i, n in enumerate(self.tokens) if tokens[0] <= n <= tokens[1]]
+        index = fitting[int(rng.integers(len(fitting)))]
         latents = torch.arange(self.tokens[index], dtype=torch.int32)[:, None] * torch.tensor([[1, 0, 0]], dtype=torch.int32)
         n = len(latents)
         return Volume(
@@ -57,6 +58,17 @@ def test_batches_reach_the_budget_and_drop_large_volumes() -> None:
     assert kinds["2"] == 0 and dropped == pytest.approx(draws / 3, rel=0.1)
     assert kinds["0"] == pytest.approx(kinds["1"], rel=0.1)  # size does not decide how often a volume comes
     assert Counter(b.resolution for b in batches)[64] == pytest.approx(150, abs=20)
+
+
+def test_volumes_of_a_batch_are_alike() -> None:
+    stream = BatchStream([(Numbered((1, 2, 10, 25)), 1.0)], (64,), tokens=30, max_tokens=30, alike=2.0)
+    batches = [batch_of(stream, i).cu_latents.diff().tolist() for i in range(40)]
+    kinds = Counter(frozenset(sizes) for sizes in batches)
+    assert set(kinds) == {frozenset({1, 2}), frozenset({10}), frozenset({25})} and all(sum(sizes) >= 30 for sizes in batches)
+    assert kinds[frozenset({1, 2})] == pytest.approx(20, abs=6)  # the first volume is drawn as ever
+    assert any(len({*sizes}) > 2 for sizes in (batch_of(replace(stream, alike=None), i).cu_latents.diff().tolist() for i in range(9)))
+    with pytest.raises(ValueError, match="alike must be at least 1, or None, got self.alike=0.5"):
+        replace(stream, alike=0.5)
 
 
 def test_ranks_share_the_resolution_and_nothing_else() -> None:
@@ -118,6 +130,21 @@ def test_prepared_volumes_come_at_their_resolution_and_turned(tmp_path) -> None:
     assert plain[3].symmetries == () and "symmetry" not in batch_of(plain, 3).meta[0]
     with pytest.raises(ValueError, match="needs volumes"):
         PreparedSource(())
+
+
+def test_prepared_volumes_keep_to_bounds_where_they_can(tmp_path) -> None:
+    fine = volume_of(sphere(0.08), 320, margin=RESAMPLING_MARGIN)
+    made = [prepared(volume_of(sphere(radius), 64), tmp_path / f"{radius}", str(radius)) for radius in (0.2, 0.5)]
+    source, (small, large) = PreparedSource((*made, prepared(fine, tmp_path / "fine", "fine"))), [v.tokens for v in made]
+    assert 3 * small < large
+
+    def sizes(bounds: Bounds, resolution: int = 64) -> set[int]:
+        return {len(source.draw(np.random.default_rng(i), resolution, bounds).latents) for i in range(8)}
+
+    assert sizes(ANY) == {small, large} and sizes((small, 2 * small)) == {small} and sizes((2 * small, np.inf)) == {large}
+    assert sizes((10**6, np.inf)) == {small, large}  # there is none
+    expected = len(fine.latents) * (256 / 320) ** 2
+    assert sizes((0.9 * expected, 1.1 * expected), 256) == sizes(ANY, 256)
 
 
 def test_the_finest_volumes_give_other_resolutions(tmp_path) -> None:

@@ -26,7 +26,7 @@ from reference_model.volume import Volume, load_volume, save_volume, without_mar
 
 Bounds = tuple[float, float]  # least and most
 
-ANY: Bounds = (0.0, math.inf)
+ANY_SIZE: Bounds = (0.0, math.inf)
 _PATIENCE = 200  # draws in a row that may be of no use
 
 
@@ -41,16 +41,16 @@ class Source(Protocol):
     def identity(self) -> str:
         """Text that changes with what can be drawn."""
 
-    def draw(self, rng: np.random.Generator, resolution: int, tokens: Bounds = ANY) -> Volume | PackedVolume:
+    def draw(self, rng: np.random.Generator, resolution: int, bounds: Bounds = ANY_SIZE) -> Volume | PackedVolume:
         """One volume of this resolution, without a margin, chosen by rng alone; DrawError where the choice makes none.
 
-        A source that knows sizes beforehand keeps to the bounds on tokens if it can.
+        A source that knows sizes beforehand keeps its tokens within the bounds if it can.
         """
 
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """Volumes on disk, each as likely: those of the resolution asked for, else the finest ones resampled."""
+    """Volumes on disk, each as likely among those within bounds: those of the resolution asked for, else the finest ones resampled."""
 
     volumes: tuple[PreparedVolume, ...]
 
@@ -69,15 +69,20 @@ class PreparedSource:
             groups.setdefault(volume.resolution, []).append(volume)
         return groups
 
-    def draw(self, rng: np.random.Generator, resolution: int, tokens: Bounds = ANY) -> Volume | PackedVolume:
+    def draw(self, rng: np.random.Generator, resolution: int, bounds: Bounds = ANY_SIZE) -> Volume | PackedVolume:
         group = self._by_resolution.get(resolution) or self._by_resolution[max(self._by_resolution)]
-        if tokens != ANY:
-            finer = (group[0].resolution / resolution) ** 2  # a surface has so many times the latents there
-            group = [v for v in group if tokens[0] <= v.tokens / finer <= tokens[1]] or group
+        if bounds != ANY_SIZE:
+            finer = _cells(group[0].resolution) / _cells(resolution)
+            group = [v for v in group if bounds[0] <= v.tokens / finer <= bounds[1]] or group
         chosen = group[int(rng.integers(len(group)))]
         if chosen.resolution == resolution and not (packed := read_packed(chosen.path)).margin:
             return packed
         return load_at(chosen.path, resolution)
+
+
+def _cells(resolution: int) -> int:
+    """What the latents of a surface are proportional to: a band of 2 tau over cells of 16 / R (1024 over 512: 5.0, measured 5.1 to 6.7)."""
+    return resolution**2 * (1536 + resolution)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class ShapeSource:
     def identity(self) -> str:
         return f"shapes {' '.join(self.families)} {self.first} {self.count}"
 
-    def draw(self, rng: np.random.Generator, resolution: int, tokens: Bounds = ANY) -> Volume:
+    def draw(self, rng: np.random.Generator, resolution: int, bounds: Bounds = ANY_SIZE) -> Volume:
         family = self.families[int(rng.integers(len(self.families)))]
         return self.make(family, self.first + int(rng.integers(self.count)), resolution)
 
@@ -148,11 +153,12 @@ class DrawnBatch:
 class BatchStream(Dataset[DrawnBatch]):
     """Item `number` is a batch of one of the `resolutions`, each as likely; its volumes come from `sources` with their weights.
 
-    Volumes are added until the batch holds at least `tokens`: which ones are drawn does not depend on their size, as it would if the last
-    had to fit. Volumes of more than `max_tokens` are dropped and counted, so a batch has less than tokens + max_tokens; so are draws that
-    make no volume. ValueError when nothing else comes.
-    alike: the others have at most `alike` times the tokens of the first volume and at least that part of them, where their source knows
-    beforehand. The loss is a mean over the voxels of a batch: beside large volumes a small one would hardly count.
+    Volumes are added until the batch holds at least `tokens`: without `alike`, which ones are drawn does not depend on their size, as it
+    would if the last had to fit. Volumes of more than `max_tokens` are dropped and counted, so a batch has less than tokens + max_tokens;
+    so are draws that make no volume. ValueError when nothing else comes.
+    alike: the loss is a mean over the voxels of a batch, where a small volume would hardly count beside large ones. So the others come,
+    where their source knows sizes and has such volumes, from those of the first one's tokens times or over this factor at most. Small
+    volumes are then drawn more often, so many as fill a batch, and one that has no like fills it alone.
     """
 
     sources: Sequence[tuple[Source, float]]
@@ -185,7 +191,7 @@ class BatchStream(Dataset[DrawnBatch]):
         volumes: list[Volume | PackedVolume] = []
         symmetries: list[int] = []
         held = dropped = in_a_row = 0
-        bounds = ANY
+        bounds = ANY_SIZE
         while held < self.tokens:
             source, _ = self.sources[int(rng.choice(len(weights), p=weights / weights.sum()))]
             try:

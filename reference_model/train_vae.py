@@ -79,8 +79,8 @@ def load_data(config: Mapping[str, Any], paths: Mapping[str, str], rank: int = 0
         if not validation:
             validation = [source.make(name, _VALIDATION_SEED, resolutions[0]) for name in source.families[: config["validation"]]]
     stream = BatchStream(
-        sources, resolutions, config["tokens"], config["max_tokens"], config["trainer"]["seed"], config["symmetries"], rank,
-        config["alike"],
+        sources, resolutions, config["tokens"], config["max_tokens"], config["trainer"]["seed"], config["symmetries"], rank=rank,
+        alike=config["alike"],
     )  # fmt: skip
     overfit = None
     if config["overfit"]:

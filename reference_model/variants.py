@@ -2,11 +2,13 @@
 
 `python -m reference_model.variants meshes=PATH out=DIRECTORY [count=8] [least=0.4]` writes `STEM_vSEED.ply`. A flip or a quarter turn puts
 every surface on the same places of the grid again; a turn by any angle does not, and a stretch makes walls thinner and edges blunter.
-A copy has another geometry, so nothing later knows whose it is: meshes that are held out get none.
+A copy has another geometry, so nothing later knows whose it is: held-out meshes, and those of the same geometry, get none, and
+`reference_model.prepare` may put copies of one mesh in different splits.
 """
 
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reference_model.cli import parse
-from reference_model.meshes import MeshError, load_mesh, save_mesh
-from reference_model.sources import find_sources
+from reference_model.meshes import Mesh, MeshError, load_mesh, save_mesh
+from reference_model.sources import Source, find_sources, geometry_sha256
 
 
 def random_rotation(rng: np.random.Generator) -> NDArray[np.float64]:
@@ -34,7 +36,27 @@ def vary(vertices: NDArray[np.float64], name: str, seed: int, least: float) -> N
         raise ValueError(f"least must lie in (0, 1], got {least}")
     rng = np.random.default_rng([zlib.crc32(name.encode()), seed])
     stretch = np.exp(rng.uniform(np.log(least), 0, 3))
-    return vertices @ (random_rotation(rng) * stretch @ random_rotation(rng)).T.copy()
+    first, last = random_rotation(rng), random_rotation(rng)
+    return ((vertices @ first) * stretch) @ last
+
+
+def meshes_to_vary(sources: Sequence[Source], skip: Sequence[str]) -> list[tuple[Source, Mesh]]:
+    """Readable sources but those whose stem is in `skip` and those of the same geometry; ValueError where two would share a name."""
+    slugs = Counter(source.slug for source in sources)
+    if twice := sorted(slug for slug, count in slugs.items() if count > 1):
+        raise ValueError(f"copies are named after the mesh, and these names come more than once: {' '.join(twice)}")
+    found, held = [], set()
+    for source in sources:
+        try:
+            mesh = load_mesh(source.path)
+        except MeshError as reason:
+            print(f"{source.path.name}: {reason}", file=sys.stderr)
+            continue
+        geometry = geometry_sha256(mesh)
+        found.append((source, mesh, geometry))
+        if source.path.stem in skip:
+            held.add(geometry)
+    return [(source, mesh) for source, mesh, geometry in found if geometry not in held]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,20 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(paths["out"])
     written = 0
     try:
-        sources = [source for source in find_sources(paths["meshes"], exclude=out) if source.path.stem not in skip]
+        if isinstance(skip, (str, int, float)):
+            raise ValueError(f"skip must be a list of stems, as [spot,sword], got {skip!r}")
+        chosen = meshes_to_vary(find_sources(paths["meshes"], exclude=out), [str(name) for name in skip])
         out.mkdir(parents=True, exist_ok=True)
-        for source in sources:
-            try:
-                mesh = load_mesh(source.path)
-            except MeshError as reason:
-                print(f"{source.path.name}: {reason}", file=sys.stderr)
-                continue
+        for source, mesh in chosen:
             for seed in range(config.seed, config.seed + config.count):
                 turned = vary(mesh.vertices, source.path.stem, seed, config.least)
                 save_mesh(out / f"{source.slug}_v{seed:03d}.ply", turned, mesh.faces)
-            written += config.count
+                written += 1
             print(f"{source.path.name}: {config.count} copies", flush=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return int(not written)

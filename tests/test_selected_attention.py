@@ -160,8 +160,8 @@ if IMPL == "triton":
 
     @pytest.mark.parametrize(("width", "group"), [(1, 3), (2, 2)])
     def test_resident_keys_of_blocks_of_any_length(width, group):
-        """Blocks of 216 (streamed), 180 (three tiles of 64), 140 (the last of 32), 90, 50, 20 (one of 32) and 1 tokens."""
-        sizes = [216, 180, 140, 90, 50, 20, 1]
+        """Blocks at both sides of every bound: streamed, three tiles of 64, the last of 32, two, one, one of 32; one token."""
+        sizes = [193, 192, 161, 160, 129, 128, 65, 64, 33, 32, 1]
         cube = torch.cartesian_prod(*[torch.arange(6)] * 3)
         coords = torch.cat([torch.nn.functional.pad(cube[:n], (1, 0), value=i) for i, n in enumerate(sizes)])
         partition = ssa.partition_voxels(coords.to(DEVICE), selection_block_size=8)

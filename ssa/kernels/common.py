@@ -21,7 +21,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.925963033500e-8)  # what fp32 leaves out of it
 LN2 = tl.constexpr(0.6931471805599453)
 NORM_PARTS = tl.constexpr(64)  # shares of the keys whose largest norms are kept
-NORM_ROWS = 64  # that a program reads at once
+NORM_ROWS = 64  # keys a program of `key_norms` reads at once
 
 
 @triton.jit

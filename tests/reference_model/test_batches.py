@@ -9,7 +9,7 @@ import pytest
 import torch
 from analytic import sphere, volume_of
 
-from reference_model.batches import ANY, BatchStream, Bounds, PreparedSource, ShapeSource
+from reference_model.batches import ANY_SIZE, BatchStream, Bounds, PreparedSource, ShapeSource
 from reference_model.dataset import PreparedVolume, VolumeBatch
 from reference_model.volume import RESAMPLING_MARGIN, Volume, load_volume, save_volume
 
@@ -21,8 +21,8 @@ class Numbered:
     tokens: tuple[int, ...]
     identity: str = "numbered"
 
-    def draw(self, rng: np.random.Generator, resolution: int, tokens: Bounds = ANY) -> Volume:
-        fitting = [i for i, n in enumerate(self.tokens) if tokens[0] <= n <= tokens[1]]
+    def draw(self, rng: np.random.Generator, resolution: int, bounds: Bounds = ANY_SIZE) -> Volume:
+        fitting = [i for i, n in enumerate(self.tokens) if bounds[0] <= n <= bounds[1]]
         index = fitting[int(rng.integers(len(fitting)))]
         latents = torch.arange(self.tokens[index], dtype=torch.int32)[:, None] * torch.tensor([[1, 0, 0]], dtype=torch.int32)
         n = len(latents)
@@ -133,18 +133,21 @@ def test_prepared_volumes_come_at_their_resolution_and_turned(tmp_path) -> None:
 
 
 def test_prepared_volumes_keep_to_bounds_where_they_can(tmp_path) -> None:
-    fine = volume_of(sphere(0.08), 320, margin=RESAMPLING_MARGIN)
-    made = [prepared(volume_of(sphere(radius), 64), tmp_path / f"{radius}", str(radius)) for radius in (0.2, 0.5)]
-    source, (small, large) = PreparedSource((*made, prepared(fine, tmp_path / "fine", "fine"))), [v.tokens for v in made]
+    radii = (0.05, 0.12)
+    finest = [volume_of(sphere(radius), 320, margin=RESAMPLING_MARGIN) for radius in radii]
+    made = [volume_of(sphere(radius), 64) for radius in (0.2, 0.5)]
+    source = PreparedSource(tuple(prepared(v, tmp_path / f"{i}", f"{i}") for i, v in enumerate((*made, *finest))))
+    small, large = (len(v.latents) for v in made)
     assert 3 * small < large
 
-    def sizes(bounds: Bounds, resolution: int = 64) -> set[int]:
-        return {len(source.draw(np.random.default_rng(i), resolution, bounds).latents) for i in range(8)}
+    def sizes(bounds: Bounds, resolution: int = 64, draws: int = 8) -> set[int]:
+        return {len(source.draw(np.random.default_rng(i), resolution, bounds).latents) for i in range(draws)}
 
-    assert sizes(ANY) == {small, large} and sizes((small, 2 * small)) == {small} and sizes((2 * small, np.inf)) == {large}
+    assert sizes(ANY_SIZE) == {small, large} and sizes((small, 2 * small)) == {small} and sizes((2 * small, np.inf)) == {large}
     assert sizes((10**6, np.inf)) == {small, large}  # there is none
-    expected = len(fine.latents) * (256 / 320) ** 2
-    assert sizes((0.9 * expected, 1.1 * expected), 256) == sizes(ANY, 256)
+    for volume, radius in zip(finest, radii, strict=True):  # at 256 a surface has 0.62 of the latents it has at 320
+        expected = len(volume.latents) * 0.64 * (1536 + 256) / (1536 + 320)
+        assert sizes((0.9 * expected, 1.1 * expected), 256, draws=3) == {len(volume_of(sphere(radius), 256).latents)}
 
 
 def test_the_finest_volumes_give_other_resolutions(tmp_path) -> None:

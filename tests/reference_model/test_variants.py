@@ -18,6 +18,11 @@ def volume(vertices, faces):
     return np.einsum("ni,ni->n", a, np.cross(b, c)).sum() / 6
 
 
+def motion(seed, least):
+    """The matrix [3,3] of a copy: what the unit vectors become."""
+    return vary(np.eye(3), "box", seed, least)
+
+
 def test_rotations_are_proper_and_favour_no_direction():
     rng = np.random.default_rng(0)
     turns = np.stack([random_rotation(rng) for _ in range(2000)])
@@ -26,26 +31,54 @@ def test_rotations_are_proper_and_favour_no_direction():
     assert np.abs(turns.mean(0)).max() < 0.06 and np.abs((turns**2).mean(0) - 1 / 3).max() < 0.04
 
 
-def test_a_copy_follows_from_name_and_seed_and_keeps_its_side():
+def test_a_copy_follows_from_name_and_seed():
     first = vary(BOX, "box", 1, 0.4)
     np.testing.assert_array_equal(first, vary(BOX, "box", 1, 0.4))
     assert not np.allclose(first, vary(BOX, "box", 2, 0.4)) and not np.allclose(first, vary(BOX, "other", 1, 0.4))
-    volumes = np.array([volume(vary(BOX, "box", seed, 0.4), FACES) for seed in range(50)]) / volume(BOX, FACES)
-    assert 0.4**3 <= volumes.min() < 0.2 and 0.6 < volumes.max() <= 1
-    edges = np.linalg.norm(np.diff(vary(BOX, "box", 3, 1.0), axis=0), axis=1)
-    np.testing.assert_allclose(edges, np.linalg.norm(np.diff(BOX, axis=0), axis=1))
     with pytest.raises(ValueError, match=r"least must lie in \(0, 1\], got 0"):
         vary(BOX, "box", 0, 0.0)
 
 
+def test_a_copy_is_turned_stretched_and_turned_again():
+    factors = []
+    for seed in range(200):
+        left, stretch, right = np.linalg.svd(motion(seed, 0.4))
+        assert 0.4 <= stretch[-1] < stretch[1] < stretch[0] <= 1 and np.linalg.det(motion(seed, 0.4)) > 0
+        assert min(np.abs(left).max(0).min(), np.abs(right).max(1).min()) < 0.999  # both turns are off the axes
+        factors.append(stretch)
+    logs = np.log(np.sort(factors, 1)) / np.log(0.4)
+    np.testing.assert_allclose(logs.mean(0), [0.75, 0.5, 0.25], atol=0.05)  # of three uniform numbers in order
+    turn = motion(3, 1.0)
+    np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-12)
+    assert np.abs(turn).max() < 0.999
+
+
+def write(folder, **meshes):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, vertices in meshes.items():
+        save_mesh(folder / f"{name}.obj", vertices, FACES)
+    return [f"meshes={folder}", f"out={folder / 'out'}"]
+
+
 def test_command_leaves_out_what_is_held_out(tmp_path, capsys):
-    (tmp_path / "meshes").mkdir()
-    for name in ("box", "sword"):
-        save_mesh(tmp_path / "meshes" / f"{name}.obj", BOX, FACES)
+    paths = write(tmp_path / "meshes", box=BOX, sword=2 * BOX, twin_of_sword=2 * BOX)
     (tmp_path / "meshes" / "broken.obj").write_text("v 0 0 0\n")
-    assert main([f"meshes={tmp_path / 'meshes'}", f"out={tmp_path / 'out'}", "count=3", "least=1"]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"box_v{i:03d}.ply" for i in range(3)]
-    copy = load_mesh(tmp_path / "out" / "box_v002.ply")
-    np.testing.assert_allclose(abs(volume(copy.vertices, copy.faces)), 6, rtol=1e-5)
+    assert main([*paths, "count=3", "least=1"]) == 0
+    out = tmp_path / "meshes" / "out"
+    assert sorted(path.name for path in out.iterdir()) == [f"box_v{i:03d}.ply" for i in range(3)]
+    copy = load_mesh(out / "box_v002.ply")
+    np.testing.assert_allclose(volume(copy.vertices, copy.faces), volume(BOX, FACES), rtol=1e-5)
     assert "broken.obj: " in capsys.readouterr().err
-    assert main([f"meshes={tmp_path / 'meshes'}", f"out={tmp_path / 'out'}", "least=2"]) == 2
+    assert main([*paths, "skip=[box]", "count=1"]) == 0
+    assert (out / "sword_v000.ply").exists() and (out / "twin_of_sword_v000.ply").exists()
+    assert main([*paths, "skip=[box,sword]"]) == 1
+
+
+def test_mistakes_are_named(tmp_path, capsys):
+    paths = write(tmp_path / "a", box=BOX)
+    for arguments, message in ((["least=2"], "least must lie in (0, 1], got 2"), (["skip=box"], "skip must be a list of stems")):
+        assert main([*paths, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    write(tmp_path / "a" / "b", box=BOX)
+    assert main(paths) == 2
+    assert "these names come more than once: box" in capsys.readouterr().err

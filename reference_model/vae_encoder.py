@@ -7,6 +7,7 @@ mean. GroupNorms take their statistics over a sample, so a sample is never cropp
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,9 +92,9 @@ class Encoder(nn.Module):
         with torch.no_grad():  # a standard deviation of 0.14 at first: a decoder learns little from noise
             self.moments.weight[config.latent_channels :] = 0
             self.moments.bias[config.latent_channels :] = -4
-            if config.head == "polynomial":  # at first the coefficients are the latents
+            if config.head == "polynomial":  # at first the coefficients are the latents, their variance what suits the weight of the KL
                 self.moments.weight.zero_()
-                self.moments.bias[config.latent_channels :] = -9
+                self.moments.bias[config.latent_channels :] = -9 + math.log(max(config.lambda_kl, 1e-9) / 1e-3)
 
     def forward(
         self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float, patch: Tensor | None = None

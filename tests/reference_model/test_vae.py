@@ -47,6 +47,13 @@ def test_a_batch_is_its_samples(form):
         assert (model.decode(z[rows], alone.latents, 256) - decoded[rows]).abs().max() < 1e-5
 
 
+def test_first_variance_follows_the_weight_of_the_kl():
+    """The noise of z costs in proportion to its variance, the KL gains its logarithm: the best variance is in proportion to the weight."""
+    fresh = {weight: SparseVAE(VAEConfig(**TINY, head="polynomial", lambda_kl=weight)) for weight in (1e-3, 1e-5, 0.0)}
+    first = {weight: model.encode(small_batch()).logvar.unique() for weight, model in fresh.items()}
+    assert first[1e-3].tolist() == [-9] and first[1e-5].item() == pytest.approx(-13.605, abs=1e-3) and -30 < first[0.0].item() < -20
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_is_the_sum_of_its_terms(form):
     model, batch = tiny_model(**form), small_batch()

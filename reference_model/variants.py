@@ -9,7 +9,7 @@ A copy has another geometry, so nothing later knows whose it is: held-out meshes
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,23 +40,25 @@ def vary(vertices: NDArray[np.float64], name: str, seed: int, least: float) -> N
     return ((vertices @ first) * stretch) @ last
 
 
-def meshes_to_vary(sources: Sequence[Source], skip: Sequence[str]) -> list[tuple[Source, Mesh]]:
+def read_mesh(source: Source) -> Mesh | None:
+    """None where the file is no mesh, with the reason on stderr."""
+    try:
+        return load_mesh(source.path)
+    except MeshError as reason:
+        print(f"{source.path.name}: {reason}", file=sys.stderr)
+        return None
+
+
+def meshes_to_vary(sources: Sequence[Source], skip: Sequence[str]) -> Iterator[tuple[Source, Mesh]]:
     """Readable sources but those whose stem is in `skip` and those of the same geometry; ValueError where two would share a name."""
     slugs = Counter(source.slug for source in sources)
     if twice := sorted(slug for slug, count in slugs.items() if count > 1):
         raise ValueError(f"copies are named after the mesh, and these names come more than once: {' '.join(twice)}")
-    found, held = [], set()
+    skipped = [mesh for source in sources if source.path.stem in skip and (mesh := read_mesh(source))]
+    held = {geometry_sha256(mesh) for mesh in skipped}
     for source in sources:
-        try:
-            mesh = load_mesh(source.path)
-        except MeshError as reason:
-            print(f"{source.path.name}: {reason}", file=sys.stderr)
-            continue
-        geometry = geometry_sha256(mesh)
-        found.append((source, mesh, geometry))
-        if source.path.stem in skip:
-            held.add(geometry)
-    return [(source, mesh) for source, mesh, geometry in found if geometry not in held]
+        if source.path.stem not in skip and (mesh := read_mesh(source)) and not (held and geometry_sha256(mesh) in held):
+            yield source, mesh
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if isinstance(skip, (str, int, float)):
             raise ValueError(f"skip must be a list of stems, as [spot,sword], got {skip!r}")
-        chosen = meshes_to_vary(find_sources(paths["meshes"], exclude=out), [str(name) for name in skip])
         out.mkdir(parents=True, exist_ok=True)
-        for source, mesh in chosen:
+        for source, mesh in meshes_to_vary(find_sources(paths["meshes"], exclude=out), [str(name) for name in skip]):
             for seed in range(config.seed, config.seed + config.count):
                 turned = vary(mesh.vertices, source.path.stem, seed, config.least)
                 save_mesh(out / f"{source.slug}_v{seed:03d}.ply", turned, mesh.faces)

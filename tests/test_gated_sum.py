@@ -1,4 +1,6 @@
-"""The gated sum of three branches: forward, its gradients, and the deltas its backward hands to the branches."""
+"""The gated sum of three branches: forward, its gradients, and the stats its backward hands to the branches."""
+
+import math
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ if IMPL == "triton":
         @staticmethod
         def backward(ctx, do):
             *branches, gates = ctx.saved_tensors
-            dos, _, dgates = gated_sum_backward(do.contiguous(), branches, gates)
+            lses = [o.new_zeros(o.shape[:2], dtype=lse_dtype(o)) for o in branches]
+            dos, _, dgates = gated_sum_backward(do.contiguous(), branches, lses, gates)
             return *dos, dgates
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,15 +52,17 @@ if IMPL == "triton":
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("per_head", [False, True])
-    def test_delta_of_each_branch(per_head, dtype):
-        """delta_b = Σ_d o_b do_b with do_b = g_b do as rounded, in fp32 at least."""
+    def test_stats_of_each_branch(per_head, dtype):
+        """lse_b in the unit of the exponent, and delta_b = Σ_d o_b do_b with do_b = g_b do as rounded, in fp32 at least."""
         branches, gates = problem(41, 6, 24, dtype, per_head)
         do = draw(41, 6, 24, dtype=dtype, seed=9)
+        lses = [draw(41, 6, dtype=lse_dtype(do), seed=10 + i) for i in range(3)]
         with nan_in_fresh_memory():
-            dos, deltas, _ = gated_sum_backward(do, branches, gates)
-        for i, (o, do_b, delta) in enumerate(zip(branches, dos, deltas, strict=True)):
+            dos, stats, _ = gated_sum_backward(do, branches, lses, gates)
+        for i, (o, do_b, lse, both) in enumerate(zip(branches, dos, lses, stats, strict=True)):
             g = gates[..., i, None] if per_head else gates[:, None, i, None]
             assert torch.equal(do_b, (g.float() * do.float()).to(dtype))
             want, low = ((o.to(t) * do_b.to(t)).sum(-1) for t in (torch.float64, torch.float32))
-            assert delta.dtype == lse_dtype(do)
-            assert_close(delta, want, low, torch.finfo(torch.float32).eps * largest(want), f"delta {i}")
+            assert both.dtype == lse_dtype(do)
+            assert torch.equal(both[..., 0], lse if dtype == torch.float32 else lse * math.log2(math.e))
+            assert_close(both[..., 1], want, low, torch.finfo(torch.float32).eps * largest(want), f"delta {i}")

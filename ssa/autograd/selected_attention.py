@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..kernels.common import lse_dtype
 from ..kernels.selected_attention import chunk_queries, invert, selected_attention_backward, selected_attention_forward
-from ..kernels.varlen_attention import attention_delta
+from ..kernels.varlen_attention import attention_stats
 from .common import first_order_only, operator
 
 
@@ -40,10 +40,10 @@ def _backward_op(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, topk_indices: Tensor, offsets: Tensor,
     csr_offsets: Tensor, csr_indices: Tensor, chunks: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    delta = attention_delta(o, do, dlse)
+    stats = attention_stats(o, do, lse, dlse)
     chunk = queries_per_chunk(q, topk_indices)
     return selected_attention_backward(
-        q, k, v, do, lse, delta, topk_indices, offsets, csr_offsets, csr_indices, chunks, chunk, softmax_scale
+        q, k, v, do, stats, topk_indices, offsets, csr_offsets, csr_indices, chunks, chunk, softmax_scale
     )
 
 

@@ -1,6 +1,6 @@
 """`ssa::spatial_sparse_attention`: the three branches, score, top-k and gated sum in one op, and all gradients in another.
 
-One op instead of four saves memory and passes: the gate's backward yields every branch's delta, and each branch adds its dq, dk, dv to
+One op instead of four saves memory and passes: the gate's backward yields every branch's stats, and each branch adds its dq, dk, dv to
 what lies there. Outputs after o are what the backward needs; they have no gradient.
 """
 
@@ -58,16 +58,16 @@ def _backward_op(
     chunks: Tensor, cu_seqlens: Tensor, cu_compression: Tensor, offsets: Tensor, cu_window: Tensor, window_index: Tensor | None,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dos, deltas, dgates = gated_sum_backward(do, [o_cmp, o_slc, o_win], gates)
+    dos, stats, dgates = gated_sum_backward(do, [o_cmp, o_slc, o_win], [lse_cmp, lse_slc, lse_win], gates)
     dq, dk_cmp, dv_cmp = varlen_attention_backward(
-        q, k_cmp, v_cmp, dos.pop(0), lse_cmp, deltas[0], cu_seqlens, cu_compression, None, softmax_scale
+        q, k_cmp, v_cmp, dos.pop(0), stats[0], cu_seqlens, cu_compression, None, softmax_scale
     )
     grads = selected_attention_backward(
-        q, k, v, dos.pop(0), lse_slc, deltas[1], topk_indices, offsets, csr_offsets, csr_indices, chunks,
+        q, k, v, dos.pop(0), stats[1], topk_indices, offsets, csr_offsets, csr_indices, chunks,
         queries_per_chunk(q, topk_indices), softmax_scale, out=(dq, None, None),
     )  # fmt: skip
     dq, dk, dv = varlen_attention_backward(
-        q, k, v, dos.pop(0), lse_win, deltas[2], cu_window, cu_window, window_index, softmax_scale, out=grads
+        q, k, v, dos.pop(0), stats[2], cu_window, cu_window, window_index, softmax_scale, out=grads
     )
     return dq, dk, dv, dk_cmp, dv_cmp, dgates
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..kernels.common import lse_dtype
-from ..kernels.varlen_attention import attention_delta, varlen_attention_backward, varlen_attention_forward
+from ..kernels.varlen_attention import attention_stats, varlen_attention_backward, varlen_attention_forward
 from .common import first_order_only, operator
 
 
@@ -24,8 +24,8 @@ def _backward_op(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     index: Tensor | None, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    delta = attention_delta(o, do, dlse)
-    return varlen_attention_backward(q, k, v, do, lse, delta, cu_seqlens_q, cu_seqlens_k, index, softmax_scale)
+    stats = attention_stats(o, do, lse, dlse)
+    return varlen_attention_backward(q, k, v, do, stats, cu_seqlens_q, cu_seqlens_k, index, softmax_scale)
 
 
 @_backward_op.register_fake

@@ -2,8 +2,8 @@
 
     o = g0 o_cmp + g1 o_slc + g2 o_win        do_b = g_b do        dg_b = Σ_d do o_b        delta_b = Σ_d do_b o_b
 
-o, o_b, do [T,Hq,D]; gates [T,3] or [T,Hq,3], any float type; dgates like gates (summed over heads for [T,3]). Grid: queries.
-delta_b is what the branch's backward subtracts (`attention_delta` of o_b and do_b), so it costs nothing here.
+o, o_b, do [T,Hq,D]; lse_b [T,Hq]; stats_b [T,Hq,2]; gates [T,3] or [T,Hq,3], any float type; dgates like gates (summed over heads for
+[T,3]). Grid: queries. stats_b is what the branch's backward reads (`attention_stats` of o_b, do_b and lse_b); here it costs nothing.
 Source: arXiv 2505.17412, Eq. 4.
 """
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import block_d, lse_dtype
-from .inner import wide
+from .inner import store_stats, wide
 from .launch import launcher, next_power_of_2
 
 
@@ -48,7 +48,8 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_branch(
-    do, o_ptr, do_b_ptr, delta_ptr, gates_ptr, dgates_ptr, t, h, at, mask, branch: tl.constexpr, HQ: tl.constexpr, PER_HEAD: tl.constexpr,
+    do, o_ptr, lse_ptr, do_b_ptr, stats_ptr, gates_ptr, dgates_ptr, t, h, at, mask, branch: tl.constexpr, HQ: tl.constexpr,
+    PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     g = _gate(gates_ptr, t, h, branch, HQ, PER_HEAD)
     o = tl.load(o_ptr + at, mask=mask, other=0.0)
@@ -56,7 +57,8 @@ def _bwd_branch(
     o_wide = wide(o, o.to(tl.float32))
     dg = tl.sum(do * o_wide, 1)
     tl.store(do_b_ptr + at, do_b, mask=mask)
-    tl.store(delta_ptr + t * HQ + h, tl.sum(do_b.to(tl.float32) * o_wide, 1), mask=h < HQ)  # of do_b as rounded: dp − delta cancels
+    delta = tl.sum(do_b.to(tl.float32) * o_wide, 1)  # of do_b as rounded: dp − delta cancels
+    store_stats(stats_ptr, t * HQ + h, o, tl.load(lse_ptr + t * HQ + h, mask=h < HQ, other=0.0), delta, h < HQ)
     if PER_HEAD:
         tl.store(dgates_ptr + (t * HQ + h) * 3 + branch, dg.to(dgates_ptr.dtype.element_ty), mask=h < HQ)
     else:
@@ -66,14 +68,15 @@ def _bwd_branch(
 @launcher
 @triton.jit
 def _bwd_kernel(
-    do_ptr, o_cmp_ptr, o_slc_ptr, o_win_ptr, gates_ptr, do_cmp_ptr, do_slc_ptr, do_win_ptr, delta_cmp_ptr, delta_slc_ptr, delta_win_ptr,
-    dgates_ptr, HQ: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PER_HEAD: tl.constexpr,
+    do_ptr, o_cmp_ptr, o_slc_ptr, o_win_ptr, lse_cmp_ptr, lse_slc_ptr, lse_win_ptr, gates_ptr, do_cmp_ptr, do_slc_ptr, do_win_ptr,
+    stats_cmp_ptr, stats_slc_ptr, stats_win_ptr, dgates_ptr, HQ: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     t, h, at, mask = _rows(HQ, D, BLOCK_H, BLOCK_D)
     do = tl.load(do_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    _bwd_branch(do, o_cmp_ptr, do_cmp_ptr, delta_cmp_ptr, gates_ptr, dgates_ptr, t, h, at, mask, 0, HQ, PER_HEAD)
-    _bwd_branch(do, o_slc_ptr, do_slc_ptr, delta_slc_ptr, gates_ptr, dgates_ptr, t, h, at, mask, 1, HQ, PER_HEAD)
-    _bwd_branch(do, o_win_ptr, do_win_ptr, delta_win_ptr, gates_ptr, dgates_ptr, t, h, at, mask, 2, HQ, PER_HEAD)
+    _bwd_branch(do, o_cmp_ptr, lse_cmp_ptr, do_cmp_ptr, stats_cmp_ptr, gates_ptr, dgates_ptr, t, h, at, mask, 0, HQ, PER_HEAD)
+    _bwd_branch(do, o_slc_ptr, lse_slc_ptr, do_slc_ptr, stats_slc_ptr, gates_ptr, dgates_ptr, t, h, at, mask, 1, HQ, PER_HEAD)
+    _bwd_branch(do, o_win_ptr, lse_win_ptr, do_win_ptr, stats_win_ptr, gates_ptr, dgates_ptr, t, h, at, mask, 2, HQ, PER_HEAD)
 
 
 def gated_sum_forward(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tensor:
@@ -83,15 +86,17 @@ def gated_sum_forward(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor
     return o
 
 
-def gated_sum_backward(do: Tensor, branches: list[Tensor], gates: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """do and the three branch outputs → (do_b of each branch, delta_b of each branch, dgates)."""
+def gated_sum_backward(
+    do: Tensor, branches: list[Tensor], lses: list[Tensor], gates: Tensor
+) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    """do, the three branch outputs and their lse → (do_b of each branch, stats_b of each branch, dgates)."""
     t, hq, _ = do.shape
     dos = [torch.empty_like(do) for _ in branches]
-    deltas = [torch.empty(t, hq, dtype=lse_dtype(do), device=do.device) for _ in branches]
+    stats = [torch.empty(t, hq, 2, dtype=lse_dtype(do), device=do.device) for _ in branches]
     dgates = torch.empty_like(gates)
     if t:
-        _bwd_kernel[(t,)](do, *branches, gates, *dos, *deltas, dgates, **_sizes(do, gates))
-    return dos, deltas, dgates
+        _bwd_kernel[(t,)](do, *branches, *lses, gates, *dos, *stats, dgates, **_sizes(do, gates))
+    return dos, stats, dgates
 
 
 def _sizes(o: Tensor, gates: Tensor) -> dict:

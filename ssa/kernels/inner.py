@@ -43,6 +43,25 @@ def exp_of(x, s):
 
 
 @triton.jit
+def store_stats(ptr, row, x, lse, delta, mask):
+    """What the backward asks of a row, side by side: its lse in the unit of `exp_of` of x, and its delta."""
+    _, unit = exponent_unit(x, 1.0)
+    tl.store(ptr + row[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(lse * unit, delta), mask=mask[:, None])
+
+
+@triton.jit
+def load_stats(ptr, row, mask, MASKED: tl.constexpr):
+    """lse and delta of rows; inf and 0, so that p = 0, where the mask is off."""
+    stats_ptr = ptr + row[:, None] * 2 + tl.arange(0, 2)[None, :]
+    if MASKED:
+        lse, delta = tl.split(tl.load(stats_ptr, mask=mask[:, None], other=0.0))
+        lse = tl.where(mask, lse, float("inf"))
+    else:
+        lse, delta = tl.split(tl.load(stats_ptr))
+    return lse, delta
+
+
+@triton.jit
 def wide(q, x):
     """x in fp64 where q is fp32: lse and delta, a value a row."""
     if q.dtype == tl.float32:
@@ -221,10 +240,9 @@ def dq_keys(
     q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [BLOCK_M, BLOCK_D] of rows with their lse (natural log) and delta from keys lo … hi."""
+    """dq [BLOCK_M, BLOCK_D] of rows with their lse and delta (`load_stats`) from keys lo … hi."""
     dq = tl.zeros([BLOCK_M, BLOCK_D], lse.dtype)
-    unit, lse_unit = exponent_unit(q, scale)
-    lse *= lse_unit
+    unit, _ = exponent_unit(q, scale)
     full = lo + (hi - lo) // BLOCK_N * BLOCK_N
     dq = _dq_loop(
         dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, full, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, PRECISION
@@ -237,32 +255,26 @@ def dq_keys(
 
 @triton.jit
 def _dkv_loop(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, lo, hi, end, scale, HQ: tl.constexpr, G: tl.constexpr,
+    dk, dv, k, v, q_ptr, do_ptr, stats_ptr, index_ptr, kv, lo, hi, end, scale, HQ: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // G
     some: tl.constexpr = MASKED or BLOCK_Q * G != BLOCK_M
-    unit, lse_unit = exponent_unit(k, scale)
+    unit, _ = exponent_unit(k, scale)
     r = tl.arange(0, BLOCK_M)
     for start in range(lo, hi, BLOCK_Q):
+        valid = r // G < tl.minimum(end - start, BLOCK_Q)
         if GATHER > 0:
-            valid, head = packed_rows(index_ptr, start, tl.minimum(end - start, BLOCK_Q), kv, HQ, G, BLOCK_M, GATHER)
-            q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
-            do = load_rows(do_ptr, head * D, valid, D, BLOCK_D)
-            lse = tl.load(lse_ptr + head, mask=valid, other=float("inf"))
-            delta = tl.load(delta_ptr + head, mask=valid, other=0.0)
-        else:
-            base = (start * HQ + kv * G).to(tl.int64)
-            near = r // G * HQ + r % G
-            valid = r // G < tl.minimum(end - start, BLOCK_Q)
-            q = load_rows(q_ptr + base * D, near * D, valid, D, BLOCK_D, some)
-            do = load_rows(do_ptr + base * D, near * D, valid, D, BLOCK_D, some)
             if some:
-                lse = tl.load(lse_ptr + base + near, mask=valid, other=float("inf"))
-                delta = tl.load(delta_ptr + base + near, mask=valid, other=0.0)
+                at = tl.load(index_ptr + start + r // G, mask=valid, other=0)
             else:
-                lse = tl.load(lse_ptr + base + near)
-                delta = tl.load(delta_ptr + base + near)
+                at = tl.load(index_ptr + start + r // G)
+            base, row = 0, (at.to(tl.uint32) // GATHER).to(tl.int64) * HQ + (kv * G + r % G)
+        else:
+            base, row = (start * HQ + kv * G).to(tl.int64), r // G * HQ + r % G
+        q = load_rows(q_ptr + base * D, row * D, valid, D, BLOCK_D, some)
+        do = load_rows(do_ptr + base * D, row * D, valid, D, BLOCK_D, some)
+        lse, delta = load_stats(stats_ptr + base * 2, row, valid, some)
         if k.dtype == tl.float32:
             s = tl.dot(q, k.T, input_precision=PRECISION).T  # the forward's own product: a large score must round alike
         else:
@@ -271,7 +283,7 @@ def _dkv_loop(
         early: tl.constexpr = BLOCK_M <= 32 and k.dtype != tl.float32
         if early:
             dp = _dp(v, do, delta, PRECISION)
-        p = exp_of(k, s.to(lse.dtype) * unit - (lse * lse_unit)[None, :])  # [BLOCK_N, BLOCK_M]
+        p = exp_of(k, s.to(lse.dtype) * unit - lse[None, :])  # [BLOCK_N, BLOCK_M]
         dv = _add_dot(p.to(do.dtype), do, dv, PRECISION)
         if not early:
             dp = _dp(v, do, delta, PRECISION)
@@ -282,16 +294,16 @@ def _dkv_loop(
 
 @triton.jit
 def dkv_rows(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, lo, hi, scale, HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    dk, dv, k, v, q_ptr, do_ptr, stats_ptr, index_ptr, kv, lo, hi, scale, HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the queries at positions lo … hi to dk (before its scale) and dv."""
     full = lo + (hi - lo) // (BLOCK_M // G) * (BLOCK_M // G)
     dk, dv = _dkv_loop(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, lo, full, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
+        dk, dv, k, v, q_ptr, do_ptr, stats_ptr, index_ptr, kv, lo, full, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
         False, PRECISION,
     )  # fmt: skip
     return _dkv_loop(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_ptr, kv, full, hi, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
+        dk, dv, k, v, q_ptr, do_ptr, stats_ptr, index_ptr, kv, full, hi, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
         True, PRECISION,
     )  # fmt: skip

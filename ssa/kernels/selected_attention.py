@@ -10,7 +10,7 @@ forward   o_e, lse_e of one block a row   →  combine: lse = log Σ_e exp(lse_e
 backward  dq_e a row → summed over slots; dk, dv: the kernel of varlen_attention.py, a segment being a block and its bucket
 Partial results live for one chunk of queries at a time (at most SCRATCH bytes): `chunks` [2, chunks · Hkv · S + 1] holds, chunk after
 chunk, the running size of its share of every bucket and where the share begins. Atomics only count: two runs are bitwise equal.
-q, o [T,Hq,D]; k, v [T,Hkv,D]; topk_indices [T,Hkv,topk] int32; offsets [S+1] int32; lse, delta [T,Hq] (`lse_dtype`).
+q, o [T,Hq,D]; k, v [T,Hkv,D]; topk_indices [T,Hkv,topk] int32; offsets [S+1] int32; lse [T,Hq], stats [T,Hq,2] (`lse_dtype`).
 Source: arXiv 2505.17412, Algorithm 1, inverted; inverse map as in fla-org/flash-linear-attention.
 """
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import LN2, LOG2E, block_d, key_norms, load_norm, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
-from .inner import dq_keys, forward_rows, packed_rows
+from .inner import dq_keys, forward_rows, load_stats, packed_rows
 from .launch import cdiv, launcher, next_power_of_2
 from .varlen_attention import launch_dkv
 
@@ -238,12 +238,18 @@ def _fwd_kernel(
         lo, hi = tl.load(offsets_ptr + block), tl.load(offsets_ptr + block + 1)
         if ENTRIES > 0 and q_ptr.dtype.element_ty != tl.float32 and hi - lo <= 192:
             what = (q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, kv, lo, hi, first, first + count, entry0, scale)
-            if hi - lo <= 32:
+            if hi - lo <= 16:
+                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 16)
+            elif hi - lo <= 32:
                 _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 32)
             elif hi - lo <= 64:
                 _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 64)
+            elif hi - lo <= 96:
+                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 1, 32)
             elif hi - lo <= 128:
                 _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 1, 64)
+            elif hi - lo <= 144:
+                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 2, 16)
             elif hi - lo <= 160:
                 _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 2, 32)
             else:
@@ -312,7 +318,7 @@ def _resident_dq_tile(dq, q, do, lse, delta, k, v, unit, there):
 
 @triton.jit
 def _resident_dq(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_ptr, entries_ptr, kv, key, end, lo, hi, entry0, scale, GATHER: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, part_ptr, entries_ptr, kv, key, end, lo, hi, entry0, scale, GATHER: tl.constexpr,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FULL: tl.constexpr,
     LAST: tl.constexpr,
 ):  # fmt: skip
@@ -329,8 +335,7 @@ def _resident_dq(
         head = (entry.to(tl.uint32) // GATHER).to(tl.int64) * HQ + (kv * G + r % G)
         q = load_rows(q_ptr, head * D, valid, D, BLOCK_D, False)
         do = load_rows(do_ptr, head * D, valid, D, BLOCK_D, False)
-        lse = tl.load(lse_ptr + head) * LOG2E
-        delta = tl.load(delta_ptr + head)
+        lse, delta = load_stats(stats_ptr, head, valid, False)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         dq = _resident_dq_tile(dq, q, do, lse, delta, tiles[FULL][0], tiles[FULL][1], unit, there)
         for i in tl.static_range(FULL):
@@ -342,7 +347,7 @@ def _resident_dq(
 @launcher
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "entry0"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, part_ptr, offsets_ptr, entries_ptr, tiles_ptr, num_tiles, scale, num_blocks,
     entry0, TOPK: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, ENTRIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -352,14 +357,20 @@ def _dq_kernel(
         kv, block = bucket // num_blocks, bucket % num_blocks
         lo, hi = tl.load(offsets_ptr + block), tl.load(offsets_ptr + block + 1)
         if ENTRIES > 0 and q_ptr.dtype.element_ty != tl.float32 and hi - lo <= 192:
-            tensors = (q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_ptr, entries_ptr)
+            tensors = (q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, part_ptr, entries_ptr)
             where = (kv, lo, hi, first, first + count, entry0, scale)
-            if hi - lo <= 32:
+            if hi - lo <= 16:
+                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 16)
+            elif hi - lo <= 32:
                 _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 32)
             elif hi - lo <= 64:
                 _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 64)
+            elif hi - lo <= 96:
+                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 1, 32)
             elif hi - lo <= 128:
                 _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 1, 64)
+            elif hi - lo <= 144:
+                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 2, 16)
             elif hi - lo <= 160:
                 _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 2, 32)
             else:
@@ -371,8 +382,7 @@ def _dq_kernel(
                 )
                 q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
                 do = load_rows(do_ptr, head * D, valid, D, BLOCK_D)
-                lse = tl.load(lse_ptr + head, mask=valid, other=float("inf"))
-                delta = tl.load(delta_ptr + head, mask=valid, other=0.0)
+                lse, delta = load_stats(stats_ptr, head, valid, True)
                 dq = dq_keys(q, do, lse, delta, k_ptr, v_ptr, None, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, PRECISION)
                 out = _partial_rows(entries_ptr, start, valid, entry0, G, BLOCK_M)
                 store_rows(part_ptr, out * D, dq, valid, D, BLOCK_D)
@@ -416,7 +426,7 @@ def selected_attention_forward(
         return o, lse
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
-    norms = None if config["ENTRIES"] else key_norms(k)
+    norms = None if config["ENTRIES"] and t < 192 * num_blocks else key_norms(k)  # blocks that are streamed, on average
     share = _entries(config, hq // hkv)
     (tiles,) = tile_maps((chunks, min(chunk, t) * hkv * topk, share), chunks=cdiv(t, chunk))
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
@@ -435,7 +445,7 @@ def selected_attention_forward(
 
 
 def selected_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, topk_indices: Tensor, offsets: Tensor, csr_offsets: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, stats: Tensor, topk_indices: Tensor, offsets: Tensor, csr_offsets: Tensor,
     csr_indices: Tensor, chunks: Tensor, chunk: int, scale: float,
     out: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None), configs: tuple[dict | None, dict | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -456,7 +466,7 @@ def selected_attention_backward(
     for c in range(tiles.shape[0]):
         n = min(chunk, t - c * chunk)
         _dq_kernel[(tiles.shape[2],)](
-            q, k, v, do, lse, delta, part, offsets, csr_indices, tiles[c], tiles.shape[2], scale, num_blocks, c * chunk * hkv * topk,
+            q, k, v, do, stats, part, offsets, csr_indices, tiles[c], tiles.shape[2], scale, num_blocks, c * chunk * hkv * topk,
             **sizes, **config,
         )  # fmt: skip
         grid = (cdiv(n * hq, 64),)
@@ -465,5 +475,5 @@ def selected_attention_backward(
             ACCUMULATE=out[0] is not None,
         )  # fmt: skip
     splits = 1 << min(MAX_SPLITS, t // 4096).bit_length() >> 1 or 1  # a block that every query chose is not one program's work
-    args = (q, k, v, do, lse, delta, csr_offsets, num_blocks, csr_indices, hkv * topk, tiles_k, None, 0, scale, out[1:], splits, config_k)
+    args = (q, k, v, do, stats, csr_offsets, num_blocks, csr_indices, hkv * topk, tiles_k, None, 0, scale, out[1:], splits, config_k)
     return dq, *launch_dkv(*args)

@@ -3,8 +3,9 @@
     s = scale q kᵀ     lse = log Σ exp(s)     p = exp(s − lse)     o = p v
     dv = pᵀ do         ds = p (do vᵀ − delta) with delta = do·o − dlse     dq = scale ds k     dk = scale dsᵀ q
 
-q, o, do, dq [T,Hq,D]; k, v, dk, dv [N,Hkv,D]; lse, delta [T,Hq], fp64 where q is fp32, else fp32; cu_q, cu_k [n+1] int32; index [T]
-int32 or none: rows of both sides in segment order (windows that are not contiguous). Rows are (query, head) pairs, see common.py.
+q, o, do, dq [T,Hq,D]; k, v, dk, dv [N,Hkv,D]; lse [T,Hq], fp64 where q is fp32, else fp32; stats [T,Hq,2]: lse in the exponent's unit
+beside delta, which the loop over queries reads again for every tile of keys; cu_q, cu_k [n+1] int32; index [T] int32 or none: rows of both
+sides in segment order (windows that are not contiguous). Rows are (query, head) pairs, see common.py.
 Grid: (tiles · Hkv), for dk dv (tiles · Hkv · shares of the queries).
 The loops over keys and over queries are in inner.py.
 The backward makes seven products in two kernels instead of five in one: no atomics, so two runs are bitwise equal.
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import block_d, key_norms, load_norm, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
-from .inner import dkv_rows, dq_keys, forward_rows, packed_rows, wide
+from .inner import dkv_rows, dq_keys, forward_rows, load_stats, packed_rows, store_stats, wide
 from .launch import cdiv, launcher
 
 SCRATCH = 512 * 2**20  # bytes of the parts of dk and dv
@@ -69,7 +70,7 @@ def _fwd_kernel(
 @launcher
 @triton.jit(do_not_specialize=["num_tiles"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_k_ptr, index_ptr, tiles_ptr, num_tiles, scale, HQ: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dq_ptr, cu_k_ptr, index_ptr, tiles_ptr, num_tiles, scale, HQ: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -79,8 +80,7 @@ def _dq_kernel(
         valid, head = packed_rows(index_ptr, first, count, kv, HQ, HQ // HKV, BLOCK_M, GATHER)
         q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
         do = load_rows(do_ptr, head * D, valid, D, BLOCK_D)
-        lse = tl.load(lse_ptr + head, mask=valid, other=float("inf"))
-        delta = tl.load(delta_ptr + head, mask=valid, other=0.0)
+        lse, delta = load_stats(stats_ptr, head, valid, True)
         lo, hi = tl.load(cu_k_ptr + segment), tl.load(cu_k_ptr + segment + 1)
         dq = dq_keys(
             q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, PRECISION
@@ -91,7 +91,7 @@ def _dq_kernel(
 @launcher
 @triton.jit(do_not_specialize=["num_keys", "num_tiles", "cu_stride"])
 def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_stride, index_q_ptr, index_k_ptr, tiles_ptr, num_tiles,
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_stride, index_q_ptr, index_k_ptr, tiles_ptr, num_tiles,
     num_keys, scale, SPLITS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER_Q: tl.constexpr, GATHER_K: tl.constexpr, ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,15 +109,15 @@ def _dkv_kernel(
         valid, at = packed_rows(index_k_ptr, first, count, kv, HKV, 1, BLOCK_N, GATHER_K)
         k = load_rows(k_ptr, at * D, valid, D, BLOCK_D)
         v = load_rows(v_ptr, at * D, valid, D, BLOCK_D)
-        dk = tl.zeros([BLOCK_N, BLOCK_D], lse_ptr.dtype.element_ty)
-        dv = tl.zeros([BLOCK_N, BLOCK_D], lse_ptr.dtype.element_ty)
+        dk = tl.zeros([BLOCK_N, BLOCK_D], stats_ptr.dtype.element_ty)
+        dv = tl.zeros([BLOCK_N, BLOCK_D], stats_ptr.dtype.element_ty)
         cu_q_ptr += kv * cu_stride + segment
         start, end = tl.load(cu_q_ptr), tl.load(cu_q_ptr + 1)
         share = tl.cdiv(tl.cdiv(end - start, BLOCK_Q), SPLITS) * BLOCK_Q
         lo = tl.minimum(start + split * share, end)
         hi = tl.minimum(lo + share, end)
         dk, dv = dkv_rows(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, index_q_ptr, kv, lo, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER_Q,
+            dk, dv, k, v, q_ptr, do_ptr, stats_ptr, index_q_ptr, kv, lo, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER_Q,
             PRECISION,
         )  # fmt: skip
         out = (at + split.to(tl.int64) * num_keys * HKV) * D
@@ -144,23 +144,25 @@ def _add_parts_kernel(parts_ptr, dk_ptr, dv_ptr, size, SPLITS: tl.constexpr, ACC
 
 @launcher
 @triton.jit(do_not_specialize=["num_rows"])
-def _delta_kernel(o_ptr, do_ptr, dlse_ptr, delta_ptr, num_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+def _stats_kernel(
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, stats_ptr, num_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < num_rows
     o = load_rows(o_ptr, row * D, valid, D, BLOCK_D)
     do = load_rows(do_ptr, row * D, valid, D, BLOCK_D)
     delta = tl.sum(wide(o, o.to(tl.float32)) * wide(o, do.to(tl.float32)), 1) - tl.load(dlse_ptr + row, mask=valid, other=0.0)
-    tl.store(delta_ptr + row, delta, mask=valid)
+    store_stats(stats_ptr, row, o, tl.load(lse_ptr + row, mask=valid, other=0.0), delta, valid)
 
 
-def attention_delta(o: Tensor, do: Tensor, dlse: Tensor) -> Tensor:
-    """delta [T,Hq] = Σ_d do o − dlse, what the backward kernels subtract from dp."""
-    delta = torch.empty(o.shape[:2], dtype=lse_dtype(o), device=o.device)
-    if delta.numel():
+def attention_stats(o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor) -> Tensor:
+    """stats [T,Hq,2] of the backward kernels; delta = Σ_d do o − dlse is what they subtract from dp."""
+    stats = torch.empty(*lse.shape, 2, dtype=lse_dtype(o), device=o.device)
+    if lse.numel():
         d = o.shape[2]
-        grid = (cdiv(delta.numel(), 64),)
-        _delta_kernel[grid](o, do, dlse, delta, delta.numel(), D=d, BLOCK_D=block_d(d), BLOCK_M=64)
-    return delta
+        grid = (cdiv(lse.numel(), 64),)
+        _stats_kernel[grid](o, do, lse, dlse, stats, lse.numel(), D=d, BLOCK_D=block_d(d), BLOCK_M=64)
+    return stats
 
 
 def forward_map(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, config: dict | None = None) -> tuple[Tensor, int, int]:
@@ -189,7 +191,7 @@ def varlen_attention_forward(
 
 
 def varlen_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, cu_q: Tensor, cu_k: Tensor, index: Tensor | None, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, stats: Tensor, cu_q: Tensor, cu_k: Tensor, index: Tensor | None, scale: float,
     out: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None), configs: tuple[dict | None, dict | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv; tensors given in `out` are added to in place."""
@@ -200,18 +202,17 @@ def varlen_attention_backward(
     tiles, tiles_k = tile_maps((cu_q, t, config["BLOCK_M"] * hkv // hq), (cu_k, n, config_k["BLOCK_N"]))
     if t:
         grid = (tiles.shape[2] * hkv,)
-        args = (q, k, v, do, lse, delta, dq, cu_k, index, tiles, tiles.shape[2], scale)
+        args = (q, k, v, do, stats, dq, cu_k, index, tiles, tiles.shape[2], scale)
         _dq_kernel[grid](*args, ACCUMULATE=out[0] is not None, **sizes, **config)
     gather = int(index is not None)
     splits = _splits(n // 64 * hkv, t * hq // hkv // max(1, cu_q.shape[0] - 1), 8 * n * hkv * d, long)
-    dk, dv = launch_dkv(q, k, v, do, lse, delta, cu_q, 0, index, gather, tiles_k, index, gather, scale, out[1:], splits, config_k)
+    dk, dv = launch_dkv(q, k, v, do, stats, cu_q, 0, index, gather, tiles_k, index, gather, scale, out[1:], splits, config_k)
     return dq, dk, dv
 
 
 def launch_dkv(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, cu_q: Tensor, cu_stride: int, index_q: Tensor | None,
-    gather_q: int, tiles: Tensor, index_k: Tensor | None, gather_k: int, scale: float, out: tuple[Tensor | None, Tensor | None],
-    splits: int, config: dict,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, stats: Tensor, cu_q: Tensor, cu_stride: int, index_q: Tensor | None, gather_q: int,
+    tiles: Tensor, index_k: Tensor | None, gather_k: int, scale: float, out: tuple[Tensor | None, Tensor | None], splits: int, config: dict,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk, dv of segments of keys in tiles, each over the queries at positions cu_q[kv cu_stride + segment] … of index_q.
 
@@ -223,7 +224,7 @@ def launch_dkv(
         return dk, dv
     parts = (dk, dv) if splits == 1 else torch.empty(2, splits, n, hkv, d, dtype=torch.float32, device=q.device)
     _dkv_kernel[(tiles.shape[2] * hkv * splits,)](
-        q, k, v, do, lse, delta, *parts, cu_q, cu_stride, index_q, index_k, tiles, tiles.shape[2], n, scale, SPLITS=splits, HQ=hq, HKV=hkv,
+        q, k, v, do, stats, *parts, cu_q, cu_stride, index_q, index_k, tiles, tiles.shape[2], n, scale, SPLITS=splits, HQ=hq, HKV=hkv,
         D=d, BLOCK_D=block_d(d), GATHER_Q=gather_q, GATHER_K=gather_k, ACCUMULATE=splits == 1 and out[0] is not None,
         PRECISION=precision(q), **config,
     )  # fmt: skip

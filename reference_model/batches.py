@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from reference_model.dataset import PreparedVolume, VolumeBatch, collate_volumes
 from reference_model.packed import PackedBatch, PackedVolume, read_packed
+from reference_model.patches import STEP, draw_patch
 from reference_model.resample import resample
-from reference_model.symmetry import turn_batch
+from reference_model.symmetry import apply_symmetry, turn_batch
 from reference_model.volume import Volume, load_volume, save_volume, without_margin
 
 Bounds = tuple[float, float]  # least and most
@@ -159,6 +160,7 @@ class BatchStream(Dataset[DrawnBatch]):
     alike: the loss is a mean over the voxels of a batch, where a small volume would hardly count beside large ones. So the others come,
     where their source knows sizes and has such volumes, from those of the first one's tokens times or over this factor at most. Small
     volumes are then drawn more often, so many as fill a batch, and one that has no like fills it alone.
+    patch_latents: of each volume comes a cube of so many latents an edge (`reference_model.patches`), turned by the worker.
     """
 
     sources: Sequence[tuple[Source, float]]
@@ -169,6 +171,7 @@ class BatchStream(Dataset[DrawnBatch]):
     symmetries: bool = True
     rank: int = 0
     alike: float | None = None
+    patch_latents: int | None = None
 
     def __post_init__(self) -> None:
         weights = [weight for _, weight in self.sources]
@@ -178,6 +181,10 @@ class BatchStream(Dataset[DrawnBatch]):
             raise ValueError(f"tokens and max_tokens must be positive, got {self.tokens=}, {self.max_tokens=}")
         if self.alike is not None and self.alike < 1:
             raise ValueError(f"alike must be at least 1, or None, got {self.alike=}")
+        if self.patch_latents is not None and (self.patch_latents < STEP or self.patch_latents % STEP):
+            raise ValueError(f"patch_latents must be a positive multiple of {STEP}, or None, got {self.patch_latents=}")
+        if self.patch_latents and self.alike:
+            raise ValueError(f"patches are of one size: alike must be None, got {self.alike=} beside {self.patch_latents=}")
 
     def data_hash(self) -> str:
         """sha256 of what can be drawn and how often."""
@@ -196,6 +203,8 @@ class BatchStream(Dataset[DrawnBatch]):
             source, _ = self.sources[int(rng.choice(len(weights), p=weights / weights.sum()))]
             try:
                 volume = source.draw(rng, resolution, bounds)
+                if self.patch_latents:
+                    volume = draw_patch(volume, self.patch_latents, rng)
                 tokens, reason = len(volume.latents), f"{len(volume.latents)} tokens of {self.max_tokens=}"
             except DrawError as error:
                 tokens, reason = 0, str(error)
@@ -214,6 +223,8 @@ class BatchStream(Dataset[DrawnBatch]):
         if len(packed) == len(volumes):
             return DrawnBatch(PackedBatch(packed, dropped), tuple(symmetries))
         known = [v.unpack() if isinstance(v, PackedVolume) else v for v in volumes]
+        if self.patch_latents and symmetries:
+            known, symmetries = [apply_symmetry(v, i) for v, i in zip(known, symmetries, strict=True)], []
         return DrawnBatch(replace(collate_volumes(known), dropped=dropped), tuple(symmetries))
 
     def loader(self, start: int, workers: int, ahead: int = 2) -> Iterator[DrawnBatch]:

@@ -191,6 +191,11 @@ def check_schema(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> np
     return _check_tensors({name: x.numpy() for name, x in tensors.items()}, int(header["resolution"]))
 
 
+def children_marked(band: np.ndarray) -> np.ndarray:
+    """Values of each latent, from the bits of band uint8 [L,64]."""
+    return _ONES[band].sum(1)
+
+
 def _check_tensors(tensors: Mapping[str, np.ndarray], resolution: int) -> np.ndarray:
     _check_resolution(resolution)
     cells, n = len(tensors["latents"]), len(tensors["values"])
@@ -201,7 +206,7 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], resolution: int) -> np.nda
         x = tensors[name]
         if x.dtype != dtype or x.shape != shape:
             raise ValueError(f"{name} must be {np.dtype(dtype).name} {list(shape)}, got {x.dtype} {list(x.shape)}")
-    counts = _ONES[tensors["band"]].sum(1)
+    counts = children_marked(tensors["band"])
     if counts.sum() != n or not counts.all():
         raise ValueError(f"band must mark one child a value and one at least in each latent, got {counts.sum()} children for {n} values")
     latents = tensors["latents"]

@@ -67,6 +67,15 @@ def test_held_out_meshes_and_their_copies_are_not_trained_on() -> None:
     assert [v.name for v in train] == ["b"] and [v.name for v in held] == ["c"]
 
 
+def test_patches_are_trained_on(tmp_path) -> None:
+    out = tmp_path / "run"
+    arguments = ["patch_latents=8", "resolutions=[64]", "tokens=40", "trainer.steps=4", "trainer.log_every=1", "trainer.validate_every=4"]
+    assert main([f"out={out}", *TINY, *arguments]) == 0
+    train = [row for row in rows(out) if row["kind"] == "train"]
+    assert len(train) == 4 and all(row["samples/s"] > 0 and row["skipped"] == 0 for row in train)
+    assert json.loads(read_card(out / "weights.safetensors")["training"])["patch_latents"] == 8
+
+
 def test_one_shape_is_learned_and_its_weights_load(tmp_path) -> None:
     out = tmp_path / "run"
     arguments = ["overfit=1", "trainer.steps=20", "trainer.lr=4e-3", "trainer.schedule=constant", "picture=true"]

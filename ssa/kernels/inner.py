@@ -4,8 +4,7 @@
 
 Rows are (query, head) pairs of one key/value head, see common.py. GATHER says where position i of a grouping lies: 0: at row i itself;
 n > 0: at row index[i] // n (windows: n = 1; the inverse map of the selection, whose entries are (t Hkv + kv) topk + slot: n = Hkv · topk).
-Loops run over full tiles without a mask; the rest is one masked tile. In the backward it comes first: what it makes of the tensors that
-stay for its products, the loop then finds made. Exponentials are base 2 with the scale folded in; in fp32
+Loops run over full tiles without a mask and once more, masked, over the rest. Exponentials are base 2 with the scale folded in; in fp32
 the exponent is formed in natural units first, so that exp(lse − lse) is exactly 1.
 """
 
@@ -60,15 +59,6 @@ def load_stats(ptr, row, mask, MASKED: tl.constexpr):
     else:
         lse, delta = tl.split(tl.load(stats_ptr))
     return lse, delta
-
-
-@triton.jit
-def hold(x, mask):
-    """x itself, rows off the mask being 0 already, but as the left operand of products in registers.
-
-    What a load gave is read from shared memory again by every product; narrow ones (32 columns) wait for that.
-    """
-    return tl.where(mask[:, None], x, 0.0)
 
 
 @triton.jit
@@ -231,16 +221,18 @@ def forward_rows(
 
 
 @triton.jit
-def _dq_tile(
-    dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, start, hi, unit, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _dq_loop(
+    dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, hi, unit, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k, v, valid = _keys(k_ptr, v_ptr, index_ptr, kv, start, hi, HKV, D, BLOCK_D, BLOCK_N, GATHER, MASKED)
-    p = exp_of(q, tl.dot(q, k.T, input_precision=PRECISION).to(lse.dtype) * unit - lse[:, None])
-    if MASKED:
-        p = tl.where(valid[None, :], p, 0.0)
-    ds = p * (_dp(do, v, delta, PRECISION) - delta[:, None])
-    return _add_dot(ds.to(k.dtype), k, dq, PRECISION)
+    for start in range(lo, hi, BLOCK_N):
+        k, v, valid = _keys(k_ptr, v_ptr, index_ptr, kv, start, hi, HKV, D, BLOCK_D, BLOCK_N, GATHER, MASKED)
+        p = exp_of(q, tl.dot(q, k.T, input_precision=PRECISION).to(lse.dtype) * unit - lse[:, None])
+        if MASKED:
+            p = tl.where(valid[None, :], p, 0.0)
+        ds = p * (_dp(do, v, delta, PRECISION) - delta[:, None])
+        dq = _add_dot(ds.to(k.dtype), k, dq, PRECISION)
+    return dq
 
 
 @triton.jit
@@ -252,49 +244,51 @@ def dq_keys(
     dq = tl.zeros([BLOCK_M, BLOCK_D], lse.dtype)
     unit, _ = exponent_unit(q, scale)
     full = lo + (hi - lo) // BLOCK_N * BLOCK_N
-    dq = _dq_tile(dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, full, hi, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, PRECISION)
-    for start in range(lo, full, BLOCK_N):
-        dq = _dq_tile(
-            dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, start, hi, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, PRECISION
-        )
+    dq = _dq_loop(
+        dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, full, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, False, PRECISION
+    )
+    dq = _dq_loop(
+        dq, q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, full, hi, unit, HKV, D, BLOCK_D, BLOCK_N, GATHER, True, PRECISION
+    )
     return dq * scale
 
 
 @triton.jit
-def _dkv_tile(
-    dk, dv, k, v, q_ptr, do_ptr, stats_ptr, index_ptr, kv, start, end, scale, HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _dkv_loop(
+    dk, dv, k, v, q_ptr, do_ptr, stats_ptr, index_ptr, kv, lo, hi, end, scale, HQ: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // G
     some: tl.constexpr = MASKED or BLOCK_Q * G != BLOCK_M
     unit, _ = exponent_unit(k, scale)
     r = tl.arange(0, BLOCK_M)
-    valid = r // G < tl.minimum(end - start, BLOCK_Q)
-    if GATHER > 0:
-        if some:
-            at = tl.load(index_ptr + start + r // G, mask=valid, other=0)
+    for start in range(lo, hi, BLOCK_Q):
+        valid = r // G < tl.minimum(end - start, BLOCK_Q)
+        if GATHER > 0:
+            if some:
+                at = tl.load(index_ptr + start + r // G, mask=valid, other=0)
+            else:
+                at = tl.load(index_ptr + start + r // G)
+            base, row = 0, (at.to(tl.uint32) // GATHER).to(tl.int64) * HQ + (kv * G + r % G)
         else:
-            at = tl.load(index_ptr + start + r // G)
-        base, row = 0, (at.to(tl.uint32) // GATHER).to(tl.int64) * HQ + (kv * G + r % G)
-    else:
-        base, row = (start * HQ + kv * G).to(tl.int64), r // G * HQ + r % G
-    q = load_rows(q_ptr + base * D, row * D, valid, D, BLOCK_D, some)
-    do = load_rows(do_ptr + base * D, row * D, valid, D, BLOCK_D, some)
-    lse, delta = load_stats(stats_ptr + base * 2, row, valid, some)
-    if k.dtype == tl.float32:
-        s = tl.dot(q, k.T, input_precision=PRECISION).T  # the forward's own product: a large score must round alike
-    else:
-        s = tl.dot(k, q.T, input_precision=PRECISION)
-    # few rows leave registers for dp beside s: its product then runs beside the exponentials; in fp64 it takes too much memory
-    early: tl.constexpr = BLOCK_M <= 32 and k.dtype != tl.float32
-    if early:
-        dp = _dp(v, do, delta, PRECISION)
-    p = exp_of(k, s.to(lse.dtype) * unit - lse[None, :])  # [BLOCK_N, BLOCK_M]
-    dv = _add_dot(p.to(do.dtype), do, dv, PRECISION)
-    if not early:
-        dp = _dp(v, do, delta, PRECISION)
-    ds = p * (dp - delta[None, :])
-    dk = _add_dot(ds.to(q.dtype), q, dk, PRECISION)
+            base, row = (start * HQ + kv * G).to(tl.int64), r // G * HQ + r % G
+        q = load_rows(q_ptr + base * D, row * D, valid, D, BLOCK_D, some)
+        do = load_rows(do_ptr + base * D, row * D, valid, D, BLOCK_D, some)
+        lse, delta = load_stats(stats_ptr + base * 2, row, valid, some)
+        if k.dtype == tl.float32:
+            s = tl.dot(q, k.T, input_precision=PRECISION).T  # the forward's own product: a large score must round alike
+        else:
+            s = tl.dot(k, q.T, input_precision=PRECISION)
+        # few rows leave registers for dp beside s: its product then runs beside the exponentials; in fp64 it takes too much memory
+        early: tl.constexpr = BLOCK_M <= 32 and k.dtype != tl.float32
+        if early:
+            dp = _dp(v, do, delta, PRECISION)
+        p = exp_of(k, s.to(lse.dtype) * unit - lse[None, :])  # [BLOCK_N, BLOCK_M]
+        dv = _add_dot(p.to(do.dtype), do, dv, PRECISION)
+        if not early:
+            dp = _dp(v, do, delta, PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = _add_dot(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
 
 
@@ -305,11 +299,11 @@ def dkv_rows(
 ):  # fmt: skip
     """Adds the queries at positions lo … hi to dk (before its scale) and dv."""
     full = lo + (hi - lo) // (BLOCK_M // G) * (BLOCK_M // G)
-    dk, dv = _dkv_tile(
-        dk, dv, k, v, q_ptr, do_ptr, stats_ptr, index_ptr, kv, full, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER, True, PRECISION
-    )
-    for start in range(lo, full, BLOCK_M // G):
-        dk, dv = _dkv_tile(
-            dk, dv, k, v, q_ptr, do_ptr, stats_ptr, index_ptr, kv, start, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER, False, PRECISION
-        )
-    return dk, dv
+    dk, dv = _dkv_loop(
+        dk, dv, k, v, q_ptr, do_ptr, stats_ptr, index_ptr, kv, lo, full, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
+        False, PRECISION,
+    )  # fmt: skip
+    return _dkv_loop(
+        dk, dv, k, v, q_ptr, do_ptr, stats_ptr, index_ptr, kv, full, hi, hi, scale, HQ, G, D, BLOCK_D, BLOCK_M, GATHER,
+        True, PRECISION,
+    )  # fmt: skip

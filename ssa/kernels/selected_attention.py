@@ -41,9 +41,9 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1, **stream)
     if kernel == "dkv":
-        return dict(BLOCK_M=128 if head_dim <= 64 else 64, BLOCK_N=64, num_warps=4, num_stages=5 if head_dim <= 32 else 2)
+        return dict(BLOCK_M=128 if head_dim <= 32 else 64, BLOCK_N=64, num_warps=4, num_stages=5 if head_dim <= 64 else 2)
     deep = head_dim <= (64 if kernel == "fwd" else 32)
-    resident = dict(ENTRIES=64, maxnreg=168) if head_dim <= 64 else stream
+    resident = dict(ENTRIES=64, maxnreg=168 if head_dim <= 32 else 255) if head_dim <= 64 else stream
     return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=5 if deep else 3, **resident)
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import block_d, key_norms, load_norm, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
-from .inner import dkv_rows, dq_keys, forward_rows, hold, load_stats, packed_rows, store_stats, wide
+from .inner import dkv_rows, dq_keys, forward_rows, load_stats, packed_rows, store_stats, wide
 from .launch import cdiv, launcher
 
 SCRATCH = 512 * 2**20  # bytes of the parts of dk and dv
@@ -72,7 +72,7 @@ def _fwd_kernel(
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dq_ptr, cu_k_ptr, index_ptr, tiles_ptr, num_tiles, scale, HQ: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr,
-    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, HOLD: tl.constexpr = False,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv = tl.program_id(0) // HKV, tl.program_id(0) % HKV
     segment, first, count = load_tile(tiles_ptr, tile, num_tiles)
@@ -81,8 +81,6 @@ def _dq_kernel(
         q = load_rows(q_ptr, head * D, valid, D, BLOCK_D)
         do = load_rows(do_ptr, head * D, valid, D, BLOCK_D)
         lse, delta = load_stats(stats_ptr, head, valid, True)
-        if HOLD:
-            q, do = hold(q, valid), hold(do, valid)
         lo, hi = tl.load(cu_k_ptr + segment), tl.load(cu_k_ptr + segment + 1)
         dq = dq_keys(
             q, do, lse, delta, k_ptr, v_ptr, index_ptr, kv, lo, hi, scale, HKV, D, BLOCK_D, BLOCK_M, BLOCK_N, GATHER, PRECISION
@@ -96,7 +94,7 @@ def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_stride, index_q_ptr, index_k_ptr, tiles_ptr, num_tiles,
     num_keys, scale, SPLITS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER_Q: tl.constexpr, GATHER_K: tl.constexpr, ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr, HOLD: tl.constexpr = False,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     BLOCK_Q: tl.constexpr = BLOCK_M // G
@@ -111,8 +109,6 @@ def _dkv_kernel(
         valid, at = packed_rows(index_k_ptr, first, count, kv, HKV, 1, BLOCK_N, GATHER_K)
         k = load_rows(k_ptr, at * D, valid, D, BLOCK_D)
         v = load_rows(v_ptr, at * D, valid, D, BLOCK_D)
-        if HOLD:
-            k, v = hold(k, valid), hold(v, valid)
         dk = tl.zeros([BLOCK_N, BLOCK_D], stats_ptr.dtype.element_ty)
         dv = tl.zeros([BLOCK_N, BLOCK_D], stats_ptr.dtype.element_ty)
         cu_q_ptr += kv * cu_stride + segment

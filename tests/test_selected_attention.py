@@ -160,8 +160,8 @@ if IMPL == "triton":
 
     @pytest.mark.parametrize(("width", "group"), [(1, 3), (2, 2)])
     def test_resident_keys_of_blocks_of_any_length(width, group):
-        """Blocks at both sides of every bound: streamed, three tiles of 64, the last of 32, two, one, one of 32; one token."""
-        sizes = [193, 192, 161, 160, 129, 128, 65, 64, 33, 32, 1]
+        """Blocks at both sides of every bound: streamed; two tiles of 64 and one of 64, 32 or 16; one and another; one alone; one token."""
+        sizes = [193, 192, 161, 160, 145, 144, 129, 128, 97, 96, 65, 64, 33, 32, 17, 16, 1]
         cube = torch.cartesian_prod(*[torch.arange(6)] * 3)
         coords = torch.cat([torch.nn.functional.pad(cube[:n], (1, 0), value=i) for i, n in enumerate(sizes)])
         partition = ssa.partition_voxels(coords.to(DEVICE), selection_block_size=8)
@@ -169,6 +169,21 @@ if IMPL == "triton":
         ids[:, 0, 0] = partition.coords[:, 0].int()
         ids[::2] = -1
         compare(*problem(partition, ids[..., :width], hq=group, d=16, dtype=torch.float16))
+
+    @pytest.mark.parametrize(("edge", "norms"), [(6, 1), (5, 0)])
+    def test_blocks_that_are_streamed_on_average_take_the_norms_of_their_keys(edge, norms, monkeypatch):
+        """216 tokens a block, or 125, which stay in registers."""
+        from ssa.kernels import selected_attention as kernels
+
+        taken = []
+        key_norms = kernels.key_norms
+        monkeypatch.setattr(kernels, "key_norms", lambda k: taken.append(k) or key_norms(k))
+        cube = torch.cartesian_prod(*[torch.arange(edge)] * 3)
+        coords = torch.cat([torch.nn.functional.pad(cube, (1, 0), value=i) for i in range(2)])
+        partition = ssa.partition_voxels(coords.to(DEVICE), selection_block_size=8)
+        ids = partition.coords[:, :1, None].int().contiguous()
+        compare(*problem(partition, ids, hq=2, d=16, dtype=torch.bfloat16 if DEVICE.type == "cuda" else torch.float16))
+        assert (len(taken) > 0) == norms
 
     @pytest.mark.parametrize("part", [32, 512])
     @pytest.mark.parametrize("chunk", [20, 1000])

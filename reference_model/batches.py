@@ -5,7 +5,6 @@ any number. Letters: R resolution; tokens are latents.
 """
 
 import hashlib
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,9 +24,6 @@ from reference_model.resample import resample
 from reference_model.symmetry import apply_symmetry, turn_batch
 from reference_model.volume import Volume, load_volume, save_volume, without_margin
 
-Bounds = tuple[float, float]  # least and most
-
-ANY_SIZE: Bounds = (0.0, math.inf)
 _PATIENCE = 200  # draws in a row that may be of no use
 
 
@@ -42,16 +38,13 @@ class Source(Protocol):
     def identity(self) -> str:
         """Text that changes with what can be drawn."""
 
-    def draw(self, rng: np.random.Generator, resolution: int, bounds: Bounds = ANY_SIZE) -> Volume | PackedVolume:
-        """One volume of this resolution, without a margin, chosen by rng alone; DrawError where the choice makes none.
-
-        A source that knows sizes beforehand keeps its tokens within the bounds if it can.
-        """
+    def draw(self, rng: np.random.Generator, resolution: int) -> Volume | PackedVolume:
+        """One volume of this resolution, without a margin, chosen by rng alone; DrawError where the choice makes none."""
 
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """Volumes on disk, each as likely among those within bounds: those of the resolution asked for, else the finest ones resampled."""
+    """Volumes on disk, each as likely: those of the resolution asked for, else the finest ones resampled."""
 
     volumes: tuple[PreparedVolume, ...]
 
@@ -70,20 +63,12 @@ class PreparedSource:
             groups.setdefault(volume.resolution, []).append(volume)
         return groups
 
-    def draw(self, rng: np.random.Generator, resolution: int, bounds: Bounds = ANY_SIZE) -> Volume | PackedVolume:
+    def draw(self, rng: np.random.Generator, resolution: int) -> Volume | PackedVolume:
         group = self._by_resolution.get(resolution) or self._by_resolution[max(self._by_resolution)]
-        if bounds != ANY_SIZE:
-            finer = _cells(group[0].resolution) / _cells(resolution)
-            group = [v for v in group if bounds[0] <= v.tokens / finer <= bounds[1]] or group
         chosen = group[int(rng.integers(len(group)))]
         if chosen.resolution == resolution and not (packed := read_packed(chosen.path)).margin:
             return packed
         return load_at(chosen.path, resolution)
-
-
-def _cells(resolution: int) -> int:
-    """What the latents of a surface are proportional to: a band of 2 tau over cells of 16 / R (1024 over 512: 5.0, measured 5.1 to 6.7)."""
-    return resolution**2 * (1536 + resolution)
 
 
 @dataclass(frozen=True)
@@ -99,7 +84,7 @@ class ShapeSource:
     def identity(self) -> str:
         return f"shapes {' '.join(self.families)} {self.first} {self.count}"
 
-    def draw(self, rng: np.random.Generator, resolution: int, bounds: Bounds = ANY_SIZE) -> Volume:
+    def draw(self, rng: np.random.Generator, resolution: int) -> Volume:
         family = self.families[int(rng.integers(len(self.families)))]
         return self.make(family, self.first + int(rng.integers(self.count)), resolution)
 
@@ -154,12 +139,9 @@ class DrawnBatch:
 class BatchStream(Dataset[DrawnBatch]):
     """Item `number` is a batch of one of the `resolutions`, each as likely; its volumes come from `sources` with their weights.
 
-    Volumes are added until the batch holds at least `tokens`: without `alike`, which ones are drawn does not depend on their size, as it
-    would if the last had to fit. Volumes of more than `max_tokens` are dropped and counted, so a batch has less than tokens + max_tokens;
+    Volumes are added until the batch holds at least `tokens`: which ones are drawn does not depend on their size, as it would if the
+    last had to fit. Volumes of more than `max_tokens` are dropped and counted, so a batch has less than tokens + max_tokens;
     so are draws that make no volume. ValueError when nothing else comes.
-    alike: the loss is a mean over the voxels of a batch, where a small volume would hardly count beside large ones. So the others come,
-    where their source knows sizes and has such volumes, from those of the first one's tokens times or over this factor at most. Small
-    volumes are then drawn more often, so many as fill a batch, and one that has no like fills it alone.
     patch_latents: of each volume comes a cube of so many latents an edge (`reference_model.patches`), turned by the worker.
     """
 
@@ -170,7 +152,6 @@ class BatchStream(Dataset[DrawnBatch]):
     seed: int = 0
     symmetries: bool = True
     rank: int = 0
-    alike: float | None = None
     patch_latents: int | None = None
 
     def __post_init__(self) -> None:
@@ -179,12 +160,8 @@ class BatchStream(Dataset[DrawnBatch]):
             raise ValueError(f"sources need weights >= 0, one of them positive, got {weights}")
         if self.tokens < 1 or self.max_tokens < 1:
             raise ValueError(f"tokens and max_tokens must be positive, got {self.tokens=}, {self.max_tokens=}")
-        if self.alike is not None and self.alike < 1:
-            raise ValueError(f"alike must be at least 1, or None, got {self.alike=}")
         if self.patch_latents is not None and (self.patch_latents < STEP or self.patch_latents % STEP):
             raise ValueError(f"patch_latents must be a positive multiple of {STEP}, or None, got {self.patch_latents=}")
-        if self.patch_latents and self.alike:
-            raise ValueError(f"patches are of one size: alike must be None, got {self.alike=} beside {self.patch_latents=}")
 
     def data_hash(self) -> str:
         """sha256 of what can be drawn and how often."""
@@ -198,11 +175,10 @@ class BatchStream(Dataset[DrawnBatch]):
         volumes: list[Volume | PackedVolume] = []
         symmetries: list[int] = []
         held = dropped = in_a_row = 0
-        bounds = ANY_SIZE
         while held < self.tokens:
             source, _ = self.sources[int(rng.choice(len(weights), p=weights / weights.sum()))]
             try:
-                volume = source.draw(rng, resolution, bounds)
+                volume = source.draw(rng, resolution)
                 if self.patch_latents:
                     volume = draw_patch(volume, self.patch_latents, rng)
                 tokens, reason = len(volume.latents), f"{len(volume.latents)} tokens of {self.max_tokens=}"
@@ -213,8 +189,6 @@ class BatchStream(Dataset[DrawnBatch]):
                 if in_a_row == _PATIENCE:
                     raise ValueError(f"{_PATIENCE} draws in a row at {resolution=} cannot be used, the last one for {reason}")
                 continue
-            if self.alike and not volumes:
-                bounds = (tokens / self.alike, tokens * self.alike)
             volumes.append(volume)
             if self.symmetries:
                 symmetries.append(int(rng.integers(48)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from analytic import sphere, volume_of
 
-from reference_model.batches import ANY_SIZE, BatchStream, Bounds, PreparedSource, ShapeSource
+from reference_model.batches import BatchStream, PreparedSource, ShapeSource
 from reference_model.dataset import PreparedVolume, VolumeBatch
 from reference_model.volume import RESAMPLING_MARGIN, Volume, load_volume, save_volume
 
@@ -21,9 +21,8 @@ class Numbered:
     tokens: tuple[int, ...]
     identity: str = "numbered"
 
-    def draw(self, rng: np.random.Generator, resolution: int, bounds: Bounds = ANY_SIZE) -> Volume:
-        fitting = [i for i, n in enumerate(self.tokens) if bounds[0] <= n <= bounds[1]]
-        index = fitting[int(rng.integers(len(fitting)))]
+    def draw(self, rng: np.random.Generator, resolution: int) -> Volume:
+        index = int(rng.integers(len(self.tokens)))
         latents = torch.arange(self.tokens[index], dtype=torch.int32)[:, None] * torch.tensor([[1, 0, 0]], dtype=torch.int32)
         n = len(latents)
         return Volume(
@@ -58,17 +57,6 @@ def test_batches_reach_the_budget_and_drop_large_volumes() -> None:
     assert kinds["2"] == 0 and dropped == pytest.approx(draws / 3, rel=0.1)
     assert kinds["0"] == pytest.approx(kinds["1"], rel=0.1)  # size does not decide how often a volume comes
     assert Counter(b.resolution for b in batches)[64] == pytest.approx(150, abs=20)
-
-
-def test_volumes_of_a_batch_are_alike() -> None:
-    stream = BatchStream([(Numbered((1, 2, 10, 25)), 1.0)], (64,), tokens=30, max_tokens=30, alike=2.0)
-    batches = [batch_of(stream, i).cu_latents.diff().tolist() for i in range(40)]
-    kinds = Counter(frozenset(sizes) for sizes in batches)
-    assert set(kinds) == {frozenset({1, 2}), frozenset({10}), frozenset({25})} and all(sum(sizes) >= 30 for sizes in batches)
-    assert kinds[frozenset({1, 2})] == pytest.approx(20, abs=6)  # the first volume is drawn as ever
-    assert any(len({*sizes}) > 2 for sizes in (batch_of(replace(stream, alike=None), i).cu_latents.diff().tolist() for i in range(9)))
-    with pytest.raises(ValueError, match="alike must be at least 1, or None, got self.alike=0.5"):
-        replace(stream, alike=0.5)
 
 
 def test_ranks_share_the_resolution_and_nothing_else() -> None:
@@ -131,23 +119,6 @@ def test_prepared_volumes_come_at_their_resolution_and_turned(tmp_path) -> None:
     with pytest.raises(ValueError, match="needs volumes"):
         PreparedSource(())
 
-
-def test_prepared_volumes_keep_to_bounds_where_they_can(tmp_path) -> None:
-    radii = (0.05, 0.12)
-    finest = [volume_of(sphere(radius), 320, margin=RESAMPLING_MARGIN) for radius in radii]
-    made = [volume_of(sphere(radius), 64) for radius in (0.2, 0.5)]
-    source = PreparedSource(tuple(prepared(v, tmp_path / f"{i}", f"{i}") for i, v in enumerate((*made, *finest))))
-    small, large = (len(v.latents) for v in made)
-    assert 3 * small < large
-
-    def sizes(bounds: Bounds, resolution: int = 64, draws: int = 8) -> set[int]:
-        return {len(source.draw(np.random.default_rng(i), resolution, bounds).latents) for i in range(draws)}
-
-    assert sizes(ANY_SIZE) == {small, large} and sizes((small, 2 * small)) == {small} and sizes((2 * small, np.inf)) == {large}
-    assert sizes((10**6, np.inf)) == {small, large}  # there is none
-    for volume, radius in zip(finest, radii, strict=True):  # at 256 a surface has 0.62 of the latents it has at 320
-        expected = len(volume.latents) * 0.64 * (1536 + 256) / (1536 + 320)
-        assert sizes((0.9 * expected, 1.1 * expected), 256, draws=3) == {len(volume_of(sphere(radius), 256).latents)}
 
 
 def test_the_finest_volumes_give_other_resolutions(tmp_path) -> None:

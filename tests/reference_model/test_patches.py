@@ -76,7 +76,7 @@ def test_batches_of_patches(stored) -> None:
     assert all("symmetry" not in meta for meta in plain.meta)
 
 
-@pytest.mark.parametrize("values", [dict(patch_latents=12), dict(patch_latents=0), dict(patch_latents=16, alike=2.0)])
+@pytest.mark.parametrize("values", [dict(patch_latents=12), dict(patch_latents=0)])
 def test_what_patches_cannot_be(stored, values: dict) -> None:
     source = PreparedSource((PreparedVolume(stored[0], "torus", "torus", "train", 192, 1, 1),))
     with pytest.raises(ValueError, match="patch"):

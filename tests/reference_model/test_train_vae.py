@@ -124,7 +124,8 @@ def test_shapes_and_prepared_volumes_mix(tmp_path) -> None:
     tokens = sorted(v.tokens for v in data.stream.sources[0][0].volumes)
     limited = load_data({**config, "max_tokens": tokens[0]}, {"prepared": str(tmp_path / "data")})
     assert limited.facts["train"] == 1 and limited.facts["dropped"] == 1
-    assert load_data({**config, "alike": 2.0}, {"prepared": str(tmp_path / "data")}).stream.alike == 2.0 and data.stream.alike is None
+    patches = load_data({**config, "patch_latents": 8}, {"prepared": str(tmp_path / "data")})
+    assert patches.stream.patch_latents == 8 and data.stream.patch_latents is None
     assert limited.stream.data_hash() != data.stream.data_hash() == replace(data.stream, seed=5).data_hash()
     with pytest.raises(ValueError, match="prepared= must be given"):
         load_data(config, {})

@@ -58,6 +58,8 @@ def split_prepared(volumes: Sequence[PreparedVolume], held_out: Sequence[str]) -
 
 def load_data(config: Mapping[str, Any], paths: Mapping[str, str], rank: int = 0) -> Data:
     """Sources, validation volumes and facts about them. ValueError where nothing is left to draw."""
+    if config["overfit"] and config["patch_latents"]:
+        raise ValueError(f"overfit trains on whole volumes: patch_latents must be null, got {config['patch_latents']}")
     resolutions = list(config["resolutions"])
     sources: list[tuple[Source, float]] = []
     validation: list[Volume] = []
@@ -66,7 +68,7 @@ def load_data(config: Mapping[str, Any], paths: Mapping[str, str], rank: int = 0
         if "prepared" not in paths:
             raise ValueError("prepared= must be given: weights.prepared is not 0")
         train, held = split_prepared(find_prepared(paths["prepared"]), list(config["held_out"]))
-        fitting = [v for v in train if v.tokens <= config["max_tokens"] or v.resolution not in resolutions]
+        fitting = [v for v in train if config["patch_latents"] or v.tokens <= config["max_tokens"] or v.resolution not in resolutions]
         facts |= {"train": len(fitting), "dropped": len(train) - len(fitting), "held_out": sorted({v.name for v in held})}
         sources.append((PreparedSource(tuple(fitting)), config["weights"]["prepared"]))
         for resolution in sorted({v.resolution for v in held}):

@@ -3,7 +3,7 @@
     o = g0 o_cmp + g1 o_slc + g2 o_win        do_b = g_b do        dg_b = Σ_d do o_b        delta_b = Σ_d do_b o_b
 
 o, o_b, do [T,Hq,D]; lse_b [T,Hq]; stats_b [T,Hq,2]; gates [T,3] or [T,Hq,3], any float type; dgates like gates (summed over heads for
-[T,3]). Grid: queries. stats_b is what the branch's backward reads (`attention_stats` of o_b, do_b and lse_b); here it costs nothing.
+[T,3]). Grid: queries. stats_b is what the branch's backward reads (`attention_stats` of o_b, do_b and lse_b), without a pass of its own.
 Source: arXiv 2505.17412, Eq. 4.
 """
 

@@ -46,7 +46,9 @@ def exp_of(x, s):
 def store_stats(ptr, row, x, lse, delta, mask):
     """What the backward asks of a row, side by side: its lse in the unit of `exp_of` of x, and its delta."""
     _, unit = exponent_unit(x, 1.0)
-    tl.store(ptr + row[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(lse * unit, delta), mask=mask[:, None])
+    kind = ptr.dtype.element_ty
+    pair = tl.join((lse * unit).to(kind), delta.to(kind))
+    tl.store(ptr + row[:, None] * 2 + tl.arange(0, 2)[None, :], pair, mask=mask[:, None])
 
 
 @triton.jit

@@ -32,10 +32,10 @@ COUNTS = 2**24  # numbers of all these programs, one a bucket, but at least one 
 
 
 def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch settings, H200, 2026-11-26.
+    """Tile sizes and launch settings, H200, 2026-11-29.
 
     Rows are found by an index, so it takes five stages to have a tile's rows on their way while the tile before is at work; at a head
-    size of 64 dq and dk dv have no room for that. ENTRIES 64: three programs a multiprocessor, two for dq at a head size of 64.
+    size of 64 dq has no room for that. ENTRIES 64: three programs a multiprocessor; at a head size of 64 two, with all registers.
     """
     stream = {} if kernel == "dkv" else dict(ENTRIES=0)
     if dtype == torch.float32:
@@ -426,7 +426,7 @@ def selected_attention_forward(
         return o, lse
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
-    norms = None if config["ENTRIES"] and t < 192 * num_blocks else key_norms(k)  # blocks that are streamed, on average
+    norms = None if config["ENTRIES"] else key_norms(k)
     share = _entries(config, hq // hkv)
     (tiles,) = tile_maps((chunks, min(chunk, t) * hkv * topk, share), chunks=cdiv(t, chunk))
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)

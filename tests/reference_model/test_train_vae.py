@@ -69,7 +69,7 @@ def test_held_out_meshes_and_their_copies_are_not_trained_on() -> None:
 
 def test_patches_are_trained_on(tmp_path) -> None:
     out = tmp_path / "run"
-    arguments = ["patch_latents=8", "resolutions=[64]", "tokens=40", "trainer.steps=4", "trainer.log_every=1", "trainer.validate_every=4"]
+    arguments = ["patch_latents=8", "resolutions=[128]", "tokens=100", "trainer.steps=4", "trainer.log_every=1", "trainer.validate_every=4"]
     assert main([f"out={out}", *TINY, *arguments]) == 0
     train = [row for row in rows(out) if row["kind"] == "train"]
     assert len(train) == 4 and all(row["samples/s"] > 0 and row["skipped"] == 0 for row in train)
@@ -126,6 +126,10 @@ def test_shapes_and_prepared_volumes_mix(tmp_path) -> None:
     assert limited.facts["train"] == 1 and limited.facts["dropped"] == 1
     patches = load_data({**config, "patch_latents": 8}, {"prepared": str(tmp_path / "data")})
     assert patches.stream.patch_latents == 8 and data.stream.patch_latents is None
+    small = load_data({**config, "patch_latents": 8, "max_tokens": tokens[0]}, {"prepared": str(tmp_path / "data")})
+    assert small.facts["train"] == 2 and small.facts["dropped"] == 0  # only a patch counts against max_tokens
+    with pytest.raises(ValueError, match="overfit trains on whole volumes: patch_latents must be null, got 8"):
+        load_data({**config, "patch_latents": 8, "overfit": 1}, {"prepared": str(tmp_path / "data")})
     assert limited.stream.data_hash() != data.stream.data_hash() == replace(data.stream, seed=5).data_hash()
     with pytest.raises(ValueError, match="prepared= must be given"):
         load_data(config, {})

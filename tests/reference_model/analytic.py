@@ -1,6 +1,8 @@
 """Volumes of shapes with a known distance, and checks of meshes against what is known."""
 
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,3 +91,10 @@ def enclosed(vertices: Tensor, faces: Tensor) -> float:
 def area(vertices: Tensor, faces: Tensor) -> float:
     a, b, c = vertices.double()[faces].unbind(1)
     return float(torch.linalg.cross(b - a, c - a).norm(dim=1).sum() / 2)
+
+
+def check_equal(a: Any, b: Any) -> None:
+    """Two volumes or batches, bit for bit, wherever their tensors lie."""
+    for f in fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        assert (x.dtype == y.dtype and torch.equal(x.cpu(), y.cpu())) if torch.is_tensor(x) else x == y, f.name

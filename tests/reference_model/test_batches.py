@@ -120,7 +120,6 @@ def test_prepared_volumes_come_at_their_resolution_and_turned(tmp_path) -> None:
         PreparedSource(())
 
 
-
 def test_the_finest_volumes_give_other_resolutions(tmp_path) -> None:
     fine, exact = (volume_of(sphere(0.08), r, margin=m) for r, m in ((320, RESAMPLING_MARGIN), (256, 0.0)))
     source = PreparedSource((prepared(fine, tmp_path / "fine", "fine"),))

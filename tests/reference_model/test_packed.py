@@ -1,10 +1,8 @@
 """Packed volumes: bit for bit what the CPU's reader gives, alone and in batches."""
 
-from dataclasses import fields
-
 import pytest
 import torch
-from analytic import sphere, torus, volume_of
+from analytic import check_equal, sphere, torus, volume_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,12 +13,6 @@ from reference_model.symmetry import apply_symmetry
 from reference_model.volume import RESAMPLING_MARGIN, load_volume, save_volume
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
-
-
-def check_equal(a, b) -> None:
-    for f in fields(a):
-        x, y = getattr(a, f.name), getattr(b, f.name)
-        assert (x.dtype == y.dtype and torch.equal(x.cpu(), y.cpu())) if torch.is_tensor(x) else x == y, f.name
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,24 +1,18 @@
 """Patches: what is cut out of a volume, packed or not, and how batches of them are drawn."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from analytic import torus, volume_of
+from analytic import check_equal, torus, volume_of
 
 from reference_model.batches import BatchStream, PreparedSource
 from reference_model.dataset import PreparedVolume
 from reference_model.packed import read_packed
 from reference_model.patches import draw_patch, select_latents, select_packed
 from reference_model.symmetry import apply_symmetry
-from reference_model.volume import Volume, load_volume, save_volume
-
-
-def check_equal(a: Volume, b: Volume) -> None:
-    for f in fields(a):
-        x, y = getattr(a, f.name), getattr(b, f.name)
-        assert (x.dtype == y.dtype and torch.equal(x, y)) if torch.is_tensor(x) else x == y, f.name
+from reference_model.volume import load_volume, save_volume
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,8 @@ class BatchStream(Dataset[DrawnBatch]):
     Volumes are added until the batch holds at least `tokens`: which ones are drawn does not depend on their size, as it would if the
     last had to fit. Volumes of more than `max_tokens` are dropped and counted, so a batch has less than tokens + max_tokens;
     so are draws that make no volume. ValueError when nothing else comes.
-    patch_latents: of each volume comes a cube of so many latents an edge (`reference_model.patches`), turned by the worker.
+    patch_latents: of each volume come cubes of so many latents an edge (`reference_model.patches`), each turned on its own, until they
+    hold `patch_tokens`: a thin blade gives many where a large shape gives one, and so both count alike.
     """
 
     sources: Sequence[tuple[Source, float]]
@@ -153,13 +154,16 @@ class BatchStream(Dataset[DrawnBatch]):
     symmetries: bool = True
     rank: int = 0
     patch_latents: int | None = None
+    patch_tokens: int = 1
 
     def __post_init__(self) -> None:
         weights = [weight for _, weight in self.sources]
         if min(weights, default=0) < 0 or sum(weights) <= 0:
             raise ValueError(f"sources need weights >= 0, one of them positive, got {weights}")
-        if self.tokens < 1 or self.max_tokens < 1:
-            raise ValueError(f"tokens and max_tokens must be positive, got {self.tokens=}, {self.max_tokens=}")
+        if min(self.tokens, self.max_tokens, self.patch_tokens) < 1:
+            raise ValueError(
+                f"tokens, max_tokens and patch_tokens must be positive, got {self.tokens=}, {self.max_tokens=}, {self.patch_tokens=}"
+            )
         if self.patch_latents is not None and (self.patch_latents < STEP or self.patch_latents % STEP):
             raise ValueError(f"patch_latents must be a positive multiple of {STEP}, or None, got {self.patch_latents=}")
 
@@ -177,22 +181,22 @@ class BatchStream(Dataset[DrawnBatch]):
         held = dropped = in_a_row = 0
         while held < self.tokens:
             source, _ = self.sources[int(rng.choice(len(weights), p=weights / weights.sum()))]
+            pieces: list[Volume | PackedVolume] = []
             try:
-                volume = source.draw(rng, resolution)
-                if self.patch_latents:
-                    volume = draw_patch(volume, self.patch_latents, rng)
-                tokens, reason = len(volume.latents), f"{len(volume.latents)} tokens of {self.max_tokens=}"
+                pieces = self._pieces(source.draw(rng, resolution), rng)
+                most = max(len(piece.latents) for piece in pieces)
+                reason = f"{most} tokens of {self.max_tokens=}"
             except DrawError as error:
-                tokens, reason = 0, str(error)
-            if not 0 < tokens <= self.max_tokens:
+                most, reason = 0, str(error)
+            if not 0 < most <= self.max_tokens:
                 dropped, in_a_row = dropped + 1, in_a_row + 1
                 if in_a_row == _PATIENCE:
                     raise ValueError(f"{_PATIENCE} draws in a row at {resolution=} cannot be used, the last one for {reason}")
                 continue
-            volumes.append(volume)
+            volumes += pieces
             if self.symmetries:
-                symmetries.append(int(rng.integers(48)))
-            held, in_a_row = held + tokens, 0
+                symmetries += [int(rng.integers(48)) for _ in pieces]
+            held, in_a_row = held + sum(len(piece.latents) for piece in pieces), 0
         packed = tuple(v for v in volumes if isinstance(v, PackedVolume))
         if len(packed) == len(volumes):
             return DrawnBatch(PackedBatch(packed, dropped), tuple(symmetries))
@@ -200,6 +204,15 @@ class BatchStream(Dataset[DrawnBatch]):
         if self.patch_latents and symmetries:
             known, symmetries = [apply_symmetry(v, i) for v, i in zip(known, symmetries, strict=True)], []
         return DrawnBatch(replace(collate_volumes(known), dropped=dropped), tuple(symmetries))
+
+    def _pieces(self, volume: Volume | PackedVolume, rng: np.random.Generator) -> list[Volume | PackedVolume]:
+        """What a batch takes of a volume: all of it, or patches."""
+        if not self.patch_latents:
+            return [volume]
+        pieces: list[Volume | PackedVolume] = [draw_patch(volume, self.patch_latents, rng)]
+        while len(volume.latents) and sum(len(piece.latents) for piece in pieces) < self.patch_tokens:
+            pieces.append(draw_patch(volume, self.patch_latents, rng))
+        return pieces
 
     def loader(self, start: int, workers: int, ahead: int = 2) -> Iterator[DrawnBatch]:
         """Batches start, start + 1, …: made by `workers` processes, each `ahead` of its turn, in pinned memory where a GPU is."""

@@ -82,7 +82,7 @@ def load_data(config: Mapping[str, Any], paths: Mapping[str, str], rank: int = 0
             validation = [source.make(name, _VALIDATION_SEED, resolutions[0]) for name in source.families[: config["validation"]]]
     stream = BatchStream(
         sources, resolutions, config["tokens"], config["max_tokens"], config["trainer"]["seed"], config["symmetries"], rank=rank,
-        patch_latents=config["patch_latents"],
+        patch_latents=config["patch_latents"], patch_tokens=config["patch_tokens"],
     )  # fmt: skip
     overfit = None
     if config["overfit"]:

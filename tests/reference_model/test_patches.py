@@ -70,7 +70,27 @@ def test_batches_of_patches(stored) -> None:
     assert all("symmetry" not in meta for meta in plain.meta)
 
 
-@pytest.mark.parametrize("values", [dict(patch_latents=12), dict(patch_latents=0)])
+def test_small_volumes_give_as_much_as_large_ones(stored) -> None:
+    path, volume = stored
+    thin = select_latents(volume, (volume.latents == volume.latents[0]).all(1))
+    save_volume(replace(thin, meta={"source": "thin"}), path.with_name("thin.safetensors"))
+    sources = [
+        (PreparedSource((PreparedVolume(path.with_name(f"{name}.safetensors"), name, name, "train", 192, 1, 1),)), 1.0)
+        for name in ("torus", "thin")
+    ]
+    held = {"thin": 0, "": 0}
+    stream = BatchStream(sources, (192,), tokens=300, max_tokens=10**6, patch_latents=8, patch_tokens=60)
+    motions = set()
+    for i in range(20):
+        batch = stream[i].to("cpu")
+        for meta, tokens in zip(batch.meta, batch.cu_latents.diff().tolist(), strict=True):
+            held[meta.get("source", "")] += tokens
+            motions.add(meta["symmetry"] if "source" in meta else None)
+    assert held["thin"] % 60 == 0 and 0.4 < held["thin"] / held[""] < 1.2  # one by one: below 0.05
+    assert len(motions) > 20
+
+
+@pytest.mark.parametrize("values", [dict(patch_latents=12), dict(patch_latents=0), dict(patch_latents=8, patch_tokens=0)])
 def test_what_patches_cannot_be(stored, values: dict) -> None:
     source = PreparedSource((PreparedVolume(stored[0], "torus", "torus", "train", 192, 1, 1),))
     with pytest.raises(ValueError, match="patch"):

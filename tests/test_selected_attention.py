@@ -170,6 +170,21 @@ if IMPL == "triton":
         ids[::2] = -1
         compare(*problem(partition, ids[..., :width], hq=group, d=16, dtype=torch.float16))
 
+    @pytest.mark.parametrize(("edge", "norms"), [(6, 1), (5, 0)])
+    def test_blocks_that_are_streamed_on_average_take_the_norms_of_their_keys(edge, norms, monkeypatch):
+        """216 tokens a block, or 125, which stay in registers."""
+        from ssa.kernels import selected_attention as kernels
+
+        taken = []
+        key_norms = kernels.key_norms
+        monkeypatch.setattr(kernels, "key_norms", lambda k: taken.append(k) or key_norms(k))
+        cube = torch.cartesian_prod(*[torch.arange(edge)] * 3)
+        coords = torch.cat([torch.nn.functional.pad(cube, (1, 0), value=i) for i in range(2)])
+        partition = ssa.partition_voxels(coords.to(DEVICE), selection_block_size=8)
+        ids = partition.coords[:, :1, None].int().contiguous()
+        compare(*problem(partition, ids, hq=2, d=16, dtype=torch.bfloat16 if DEVICE.type == "cuda" else torch.float16))
+        assert (len(taken) > 0) == norms
+
     @pytest.mark.parametrize("part", [32, 512])
     @pytest.mark.parametrize("chunk", [20, 1000])
     def test_inverse_map(chunk, part, monkeypatch):

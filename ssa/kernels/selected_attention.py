@@ -426,7 +426,7 @@ def selected_attention_forward(
         return o, lse
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
-    norms = None if config["ENTRIES"] else key_norms(k)
+    norms = None if config["ENTRIES"] and t < 192 * num_blocks else key_norms(k)  # blocks that are streamed, on average
     share = _entries(config, hq // hkv)
     (tiles,) = tile_maps((chunks, min(chunk, t) * hkv * topk, share), chunks=cdiv(t, chunk))
     part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)

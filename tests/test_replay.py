@@ -12,7 +12,7 @@ import torch
 from utils import CUDA, draw, draw_qkv, random_choice, random_partition
 
 import ssa
-from ssa.kernels import launch, replay
+from ssa.kernels import launch, replay, selected_attention
 from ssa.kernels.launch import Launcher
 
 DRIVER = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7))
@@ -118,7 +118,9 @@ def test_what_differs_is_written_down_anew(axpy):
 
 
 @pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("kind", ["operation", "copy", "fill", "input returned", "output twice", "part returned", "part of an input"])
+@pytest.mark.parametrize(
+    "kind", ["operation", "copy", "fill", "join", "split", "input returned", "output twice", "part returned", "part of an input"]
+)
 def test_a_call_that_does_more_runs_itself(axpy, kind, inference):
     """`to` and `contiguous` say they are views; in inference mode the recorder sees them as they are."""
 
@@ -129,6 +131,8 @@ def test_a_call_that_does_more_runs_itself(axpy, kind, inference):
         elif kind == "fill":
             o[0].copy_(x)
         else:
+            if kind in ("join", "split"):  # of a list of tensors; into one
+                torch.stack([o[0], o[1]]) if kind == "join" else o.unbind()[0].clone()
             torch.empty(n, dtype=torch.float64)  # its address is free for the copy
             axpy({"operation": x.clone, "copy": x.double().float}.get(kind, lambda: x)(), None, o[0], n, 1.0)
         axpy(o[0], None, o[1], n, 1.0)
@@ -204,3 +208,16 @@ if CUDA:
         for got, expected in zip(step(2), want, strict=True):
             assert torch.equal(got, expected)
         assert len(replays) == 4, "forward and backward of two steps"
+
+    def test_several_chunks_are_not_written_down(monkeypatch):
+        """Their shares of the inverse map are joined by torch: every call is itself, and all give the same."""
+        monkeypatch.setattr(selected_attention, "SCRATCH", 2**17)
+        monkeypatch.setattr(replay, "ENOUGH", 2)
+        replay.forget()
+        partition = random_partition([700, 0, 55], edge=12)
+        q, k, v, *_ = (x.requires_grad_() for x in draw_qkv(partition, 8, 2, 32, torch.bfloat16, 0))
+        ids = random_choice(partition, 2, 4)
+        assert selected_attention.chunk_queries(8, 32, 4, 2) < 755
+        outputs = [ssa.selected_attention(q, k, v, ids, partition)[0] for _ in range(4)]
+        first, *others = ([o, *torch.autograd.grad(o, (q, k, v), o)] for o in outputs)
+        assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))

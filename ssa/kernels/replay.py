@@ -65,9 +65,11 @@ class Recorder(TorchDispatchMode):
         if func.overloadpacket in _ALLOCATIONS:
             self.slots[_storage(out)] = len(self.sizes)
             self.sizes.append(out.untyped_storage().nbytes())
-        else:  # `to` and `contiguous` are views in name, and may copy
-            same = [isinstance(x, Tensor) and _storage(x) == _storage(args[0]) for x in (out if isinstance(out, (tuple, list)) else [out])]
-            self.fit &= func.is_view and all(same)
+        elif func.is_view:  # `to` and `contiguous` are so in name, and may copy
+            outs = out if isinstance(out, (tuple, list)) else [out]
+            self.fit &= all(isinstance(x, Tensor) and _storage(x) == _storage(args[0]) for x in outs)
+        else:  # its first argument may be a list of tensors
+            self.fit = False
         return out
 
     def launched(self, kernel: Any, grid: tuple[int, ...], args: tuple) -> None:

@@ -21,7 +21,7 @@ from reference_model.dataset import PreparedVolume, VolumeBatch, collate_volumes
 from reference_model.packed import PackedBatch, PackedVolume, read_packed
 from reference_model.patches import STEP, draw_patch
 from reference_model.resample import resample
-from reference_model.symmetry import apply_symmetry, turn_batch
+from reference_model.symmetry import turn_batch
 from reference_model.volume import Volume, load_volume, save_volume, without_margin
 
 _PATIENCE = 200  # draws in a row that may be of no use
@@ -197,12 +197,10 @@ class BatchStream(Dataset[DrawnBatch]):
             if self.symmetries:
                 symmetries += [int(rng.integers(48)) for _ in pieces]
             held, in_a_row = held + sum(len(piece.latents) for piece in pieces), 0
-        packed = tuple(v for v in volumes if isinstance(v, PackedVolume))
+        packed = [v for v in volumes if isinstance(v, PackedVolume)]
         if len(packed) == len(volumes):
-            return DrawnBatch(PackedBatch(packed, dropped), tuple(symmetries))
+            return DrawnBatch(PackedBatch.of(packed, dropped), tuple(symmetries))
         known = [v.unpack() if isinstance(v, PackedVolume) else v for v in volumes]
-        if self.patch_latents and symmetries:
-            known, symmetries = [apply_symmetry(v, i) for v, i in zip(known, symmetries, strict=True)], []
         return DrawnBatch(replace(collate_volumes(known), dropped=dropped), tuple(symmetries))
 
     def _pieces(self, volume: Volume | PackedVolume, rng: np.random.Generator) -> list[Volume | PackedVolume]:

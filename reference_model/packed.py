@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from reference_model.dataset import VolumeBatch, collate_volumes
+from reference_model.dataset import VolumeBatch
 from reference_model.tiles import CELL, lattice
 from reference_model.volume import Volume, check_schema
 
@@ -36,42 +37,63 @@ class PackedVolume:
 
     def unpack(self, device: torch.device | str = "cpu", non_blocking: bool = False) -> Volume:
         """The volume on a device, bit for bit that of `load_volume(…, margin=True)`."""
-        x = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
-        latents = x["latents"].int()
-        band = _bits(x["band"]).view(-1, CELL**3)
-        latent_index, child = band.nonzero().unbind(1)
-        values = x["values"].float() / torch.full((), self.levels, device=device)  # by a number, a GPU would multiply: another rounding
-        inside = torch.zeros_like(band).masked_scatter_(band, values < 0).masked_scatter_(~band, _bits(x["inside"]))
-        coords = latents[latent_index] * CELL + lattice(CELL, latents.device).int()[child]
+        x = PackedBatch.of([self]).unpack(device, non_blocking)
         return Volume(
-            self.resolution, coords, values, _bits(x["sharp"])[: len(values)], latents, latent_index.int(), inside,
+            self.resolution, x.coords[:, 1:], x.values, x.sharp, x.latents[:, 1:], x.latent_index, x.inside,
             self.scale, self.offset, self.y_up, self.meta, self.margin,
         )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """Volumes of one resolution, packed."""
+    """Volumes of one resolution, their tensors joined: few copies and few launches, however many there are."""
 
-    volumes: tuple[PackedVolume, ...]
+    tensors: Mapping[str, Tensor]  # as of one, bits after bits without gaps
+    cu_seqlens: Tensor  # [B+1] int32, bounds of the samples among values
+    cu_latents: Tensor  # [B+1] int32
+    levels: Tensor  # [B] float32
+    resolution: int
+    meta: tuple[Mapping[str, str], ...]
     dropped: int = 0
 
-    @property
-    def resolution(self) -> int:
-        return self.volumes[0].resolution
+    @staticmethod
+    def of(volumes: Sequence[PackedVolume], dropped: int = 0) -> "PackedBatch":
+        """ValueError for several resolutions."""
+        resolutions = {v.resolution for v in volumes}
+        if len(resolutions) != 1:
+            raise ValueError(f"a batch needs volumes of one resolution, got {sorted(resolutions)}")
+        parts = {name: [v.tensors[name] for v in volumes] for name in volumes[0].tensors}
+        latents, voxels = [len(x) for x in parts["latents"]], [len(x) for x in parts["values"]]
+        bits = {"sharp": voxels, "inside": [CELL**3 * a - b for a, b in zip(latents, voxels, strict=True)]}
+        tensors = {name: _join_bits(x, bits[name]) if name in bits else torch.cat(x) for name, x in parts.items()}
+        cu_seqlens, cu_latents = (torch.tensor([0, *counts]).cumsum(0).int() for counts in (voxels, latents))
+        levels, meta = torch.tensor([v.levels for v in volumes]), tuple(v.meta for v in volumes)
+        return PackedBatch(tensors, cu_seqlens, cu_latents, levels, volumes[0].resolution, meta, dropped)
 
     @property
     def counts(self) -> dict[str, int]:
         """As `VolumeBatch.counts`."""
-        tokens, voxels = (sum(len(v.tensors[name]) for v in self.volumes) for name in ("latents", "values"))
-        return {"tokens": tokens, "voxels": voxels, "samples": len(self.volumes), "dropped": self.dropped}
+        tokens, voxels = (len(self.tensors[name]) for name in ("latents", "values"))
+        return {"tokens": tokens, "voxels": voxels, "samples": len(self.meta), "dropped": self.dropped}
 
     def pin_memory(self) -> "PackedBatch":
-        return replace(self, volumes=tuple(v.map(Tensor.pin_memory) for v in self.volumes))
+        return replace(self, tensors={name: x.pin_memory() for name, x in self.tensors.items()})
 
     def unpack(self, device: torch.device | str, non_blocking: bool = False) -> VolumeBatch:
         """The batch with its rows on the device; the bounds of the samples stay on the host."""
-        return replace(collate_volumes([v.unpack(device, non_blocking) for v in self.volumes]), dropped=self.dropped)
+        x = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
+        of_latent, of_value = (_samples(cu, device) for cu in (self.cu_latents, self.cu_seqlens))
+        latents = torch.cat([of_latent[:, None], x["latents"].int()], 1)
+        band = _bits(x["band"]).view(-1, CELL**3)
+        latent_index, child = band.nonzero().unbind(1)
+        values = x["values"].float() / self.levels.to(device)[of_value.long()]
+        inside = torch.zeros_like(band).masked_scatter_(band, values < 0).masked_scatter_(~band, _bits(x["inside"]))
+        at = latents[latent_index]
+        coords = torch.cat([at[:, :1], at[:, 1:] * CELL + lattice(CELL, latents.device).int()[child]], 1)
+        return VolumeBatch(
+            self.resolution, coords, values, _bits(x["sharp"])[: len(values)], latents, latent_index.int(), inside,
+            self.cu_seqlens, self.cu_latents, self.meta, self.dropped,
+        )  # fmt: skip
 
 
 def read_packed(path: str | os.PathLike[str]) -> PackedVolume:
@@ -93,3 +115,16 @@ def read_packed(path: str | os.PathLike[str]) -> PackedVolume:
 def _bits(x: Tensor) -> Tensor:
     """The bits of bytes, most significant first: uint8 [...] → bool [8n]."""
     return ((x.reshape(-1, 1) >> torch.arange(7, -1, -1, device=x.device).byte()) & 1).bool().flatten()
+
+
+def _join_bits(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Bits of several tensors, so many of each, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.from_numpy(np.packbits(np.concatenate([np.unpackbits(x.numpy(), count=n) for x, n in zip(parts, counts, strict=True)])))
+
+
+def _samples(bounds: Tensor, device: torch.device | str) -> Tensor:
+    """[n] int32: sample of each row, from bounds [B+1] on the host."""
+    sizes = bounds.diff().long()
+    return torch.arange(len(sizes), dtype=torch.int32, device=device).repeat_interleave(sizes.to(device), output_size=int(bounds[-1]))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reference_model.packed import PackedVolume
@@ -16,15 +17,15 @@ from reference_model.volume import CELL, Volume, children_marked
 STEP = 8  # latents between corners: a window
 
 
-def draw_patch(volume: Volume | PackedVolume, edge: int, rng: np.random.Generator) -> Volume:
-    """A cube around one of the volume's latents, each as likely, in one of its (edge / 8)^3 places."""
+def draw_patch(volume: Volume | PackedVolume, edge: int, rng: np.random.Generator) -> Volume | PackedVolume:
+    """A cube around one of the volume's latents, each as likely, in one of its (edge / 8)^3 places; packed if the volume is."""
     latents = volume.latents
     if not len(latents):
-        return volume.unpack() if isinstance(volume, PackedVolume) else volume
+        return volume
     around = latents[int(rng.integers(len(latents)))].long()
     low = (around // STEP - torch.from_numpy(rng.integers(edge // STEP, size=3))) * STEP
     keep = ((latents >= low) & (latents < low + edge)).all(1)
-    return select_packed(volume, keep).unpack() if isinstance(volume, PackedVolume) else select_latents(volume, keep)
+    return select_packed(volume, keep) if isinstance(volume, PackedVolume) else select_latents(volume, keep)
 
 
 def select_latents(volume: Volume, keep: Tensor) -> Volume:
@@ -38,15 +39,27 @@ def select_latents(volume: Volume, keep: Tensor) -> Volume:
 
 
 def select_packed(volume: PackedVolume, keep: Tensor) -> PackedVolume:
-    """`select_latents` of a packed volume, without unpacking what is left out."""
-    x, kept = {name: tensor.numpy() for name, tensor in volume.tensors.items()}, keep.numpy()
+    """`select_latents` of a packed volume; what is left out is neither unpacked nor, but for its bands, read."""
+    x, rows = {name: tensor.numpy() for name, tensor in volume.tensors.items()}, keep.numpy().nonzero()[0]
     counts = children_marked(x["band"])
-    voxels, others = np.repeat(kept, counts), np.repeat(kept, CELL**3 - counts)
+    voxels, others = _members(counts, rows), _members(CELL**3 - counts, rows)
     selected = {
-        "latents": x["latents"][kept],
-        "band": x["band"][kept],
+        "latents": x["latents"][rows],
+        "band": x["band"][rows],
         "values": x["values"][voxels],
-        "sharp": np.packbits(np.unpackbits(x["sharp"], count=len(voxels))[voxels]),
-        "inside": np.packbits(np.unpackbits(x["inside"], count=len(others))[others]),
+        "sharp": np.packbits(_bits_at(x["sharp"], voxels)),
+        "inside": np.packbits(_bits_at(x["inside"], others)),
     }
     return replace(volume, tensors={name: torch.from_numpy(a) for name, a in selected.items()})
+
+
+def _members(counts: NDArray, rows: NDArray) -> NDArray:
+    """Places of the members of chosen rows, where row i has counts[i] of them side by side."""
+    ends, sizes = counts.cumsum(dtype=np.int64), counts[rows]
+    first = np.repeat(ends[rows] - sizes.cumsum(dtype=np.int64), sizes)  # of a row's members, less the number of those before
+    return first + np.arange(len(first))
+
+
+def _bits_at(packed: NDArray, places: NDArray) -> NDArray:
+    """Bits of bytes, most significant first."""
+    return packed[places >> 3] >> (7 - (places & 7)).astype(np.uint8) & 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reference_model.dataset import VolumeBatch, collate_volumes
 from reference_model.tiles import CELL, lattice
-from reference_model.volume import Volume
+from reference_model.volume import Volume, child_index
 
 
 @lru_cache(maxsize=1)
@@ -27,53 +27,58 @@ def apply_symmetry(volume: Volume, index: int) -> Volume:
     meta["symmetry"] names the motion since the source: `scale`, `offset` and `y_up` still belong to the source, and
     unit @ symmetries()[symmetry] leads back to its frame. ValueError unless 0 <= index < 48.
     """
-    if not 0 <= index < 48:
-        raise ValueError(f"index must be in [0, 48), got {index=}")
-    matrix = symmetries()[index]
-    axes = matrix.abs().argmax(1).tolist()
-    flipped = [a for a in range(3) if matrix[a].sum() < 0]
-    last = volume.resolution // CELL - 1
-    latents = torch.stack([last - volume.latents[:, a] if i in flipped else volume.latents[:, a] for i, a in enumerate(axes)], 1)
-    key = latents.long()
-    order = ((key[:, 0] << 40) + (key[:, 1] << 20) + key[:, 2]).argsort()
-
-    def move(tile: Tensor) -> Tensor:
-        moved = tile.view(-1, CELL, CELL, CELL).permute(0, *(1 + a for a in axes)).flip([1 + a for a in flipped])
-        return moved.reshape(-1, CELL**3)[order]
-
-    rows = torch.full(volume.inside.shape, -1, dtype=torch.int32, device=latents.device)
-    rows[volume.latent_index.long(), volume.child_index] = torch.arange(len(volume.coords), dtype=torch.int32, device=latents.device)
-    rows = move(rows)
-    latent_index, child = (rows >= 0).nonzero().unbind(1)
-    source = rows[latent_index, child]
-    latents = latents[order]
+    turned = turn_batch(collate_volumes([volume]), [index], volume.latents.device)
     return replace(
-        volume,
-        coords=latents[latent_index] * CELL + lattice(CELL, latents.device).int()[child],
-        values=volume.values[source],
-        sharp=volume.sharp[source],
-        latents=latents,
-        latent_index=latent_index.int(),
-        inside=move(volume.inside),
-        meta={**volume.meta, "symmetry": str(_find(matrix @ symmetries()[int(volume.meta.get("symmetry", 0))]))},
-    )
+        volume, coords=turned.coords[:, 1:], values=turned.values, sharp=turned.sharp, latents=turned.latents[:, 1:],
+        latent_index=turned.latent_index, inside=turned.inside, meta=turned.meta[0],
+    )  # fmt: skip
 
 
 def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device | str, non_blocking: bool = False) -> VolumeBatch:
-    """A batch on the device, its bounds from the host: sample i moved by `apply_symmetry(…, indices[i])`; no indices leave it as it is."""
-    voxels, cells = batch.cu_seqlens.tolist(), batch.cu_latents.tolist()
+    """A batch on the device, its bounds from the host: sample i moved by `symmetries()[indices[i]]`; no indices leave it as it is."""
     moved = batch.to(device, non_blocking)
     if not indices:
         return moved
-    turned = []
-    for i, index in enumerate(indices):
-        n, c = slice(voxels[i], voxels[i + 1]), slice(cells[i], cells[i + 1])
-        volume = Volume(
-            batch.resolution, moved.coords[n, 1:], moved.values[n], moved.sharp[n], moved.latents[c, 1:], moved.latent_index[n] - cells[i],
-            moved.inside[c], meta=batch.meta[i],
-        )  # fmt: skip
-        turned.append(apply_symmetry(volume, index))
-    return replace(collate_volumes(turned).to(device, non_blocking), dropped=batch.dropped)
+    if not all(0 <= index < 48 for index in indices):
+        raise ValueError(f"index must be in [0, 48), got {[*indices]}")
+    chosen = torch.tensor(indices)
+    motion, source = (x[chosen].to(device, non_blocking=non_blocking) for x in (symmetries(), _source_children()))
+    sample = moved.latents[:, 0].long()
+    axes, signs = motion.abs().argmax(2)[sample], motion.sum(2)[sample]
+    at = moved.latents[:, 1:].gather(1, axes)
+    at = torch.where(signs < 0, batch.resolution // CELL - 1 - at, at)
+    key = at.long()
+    order = ((sample << 45) + (key[:, 0] << 30) + (key[:, 1] << 15) + key[:, 2]).argsort()
+    children = source[sample]  # order keeps the samples where they are
+    rows = torch.full(moved.inside.shape, -1, dtype=torch.int32, device=at.device)
+    rows[moved.latent_index.long(), child_index(moved.coords[:, 1:])] = torch.arange(len(moved.coords), dtype=torch.int32, device=at.device)
+    rows = rows[order].gather(1, children)
+    latent_index, child = (rows >= 0).nonzero().unbind(1)
+    voxels = rows[latent_index, child]
+    at = at[order]
+    return replace(
+        moved,
+        coords=torch.cat([moved.coords[:, :1], at[latent_index] * CELL + lattice(CELL, at.device).int()[child]], 1),
+        values=moved.values[voxels],
+        sharp=moved.sharp[voxels],
+        latents=torch.cat([moved.latents[:, :1], at], 1),
+        latent_index=latent_index.int(),
+        inside=moved.inside[order].gather(1, children),
+        meta=tuple(
+            {**meta, "symmetry": str(_find(symmetries()[i] @ symmetries()[int(meta.get("symmetry", 0))]))}
+            for meta, i in zip(batch.meta, indices, strict=True)
+        ),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _source_children() -> Tensor:
+    """[48,512] int64: which child of a cell lies at each child's place after a motion."""
+    moved = []
+    for matrix in symmetries():
+        axes, flipped = matrix.abs().argmax(1).tolist(), [a for a in range(3) if matrix[a].sum() < 0]
+        moved.append(torch.arange(CELL**3).view(CELL, CELL, CELL).permute(axes).flip(flipped).flatten())
+    return torch.stack(moved)
 
 
 def _find(matrix: Tensor) -> int:

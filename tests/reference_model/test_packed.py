@@ -1,5 +1,7 @@
 """Packed volumes: bit for bit what the CPU's reader gives, alone and in batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from analytic import check_equal, sphere, torus, volume_of
@@ -29,13 +31,27 @@ def test_a_packed_batch_is_the_batch_of_its_volumes(tmp_path, device: str) -> No
     for path, shape in zip(paths, (torus(0.3, 0.1), sphere(0.3, (0.2, 0.1, 0.0))), strict=True):
         save_volume(volume_of(shape, 64), path)
     volumes = [load_volume(path) for path in paths]
-    packed = PackedBatch(tuple(map(read_packed, paths)))
+    packed = PackedBatch.of([*map(read_packed, paths)])
     assert packed.counts == collate_volumes(volumes).counts and packed.resolution == 64
     check_equal(DrawnBatch(packed, ()).to(device), collate_volumes(volumes))
     turned = [apply_symmetry(v, i) for v, i in zip(volumes, (5, 30), strict=True)]
     moved = DrawnBatch(packed, (5, 30)).to(device)
     check_equal(moved, collate_volumes(turned))
     assert {x.device.type for x in vars(moved).values() if torch.is_tensor(x)} == {device}
+    save_volume(volume_of(sphere(0.3), 128), tmp_path / "c")
+    with pytest.raises(ValueError, match=r"one resolution, got \[64, 128\]"):
+        PackedBatch.of([read_packed(paths[0]), read_packed(tmp_path / "c")])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bits_and_levels_are_joined_volume_by_volume(tmp_path, device: str) -> None:
+    kinds = [(sphere(0.31, (0.2, 0.1, 0.03)), 0.0), (torus(0.3, 0.1), RESAMPLING_MARGIN), (sphere(0.2, (0.01, 0.1, 0.0)), 0.0)]
+    paths = [tmp_path / str(i) for i in range(3)]
+    for path, (shape, margin) in zip(paths, kinds, strict=True):
+        save_volume(volume_of(shape, 64, edges=lambda p: p[:, 0].abs(), margin=margin), path)
+    packed, volumes = [*map(read_packed, paths)], [load_volume(path, margin=True) for path in paths]
+    assert len({v.levels for v in packed}) == 2 and len(volumes[0].coords) % 8 and 0 < volumes[2].sharp.sum() < len(volumes[2].sharp)
+    check_equal(PackedBatch.of(packed, 2).unpack(device), replace(collate_volumes(volumes), dropped=2))
 
 
 def test_files_that_do_not_fit_are_named(tmp_path) -> None:

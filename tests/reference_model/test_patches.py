@@ -39,7 +39,7 @@ def test_patches_hold_what_lies_in_their_cube(stored) -> None:
     rng, packed = np.random.default_rng(0), read_packed(path)
     seen, lows = torch.zeros(len(volume.latents), dtype=torch.bool), set()
     for _ in range(60):
-        patch = draw_patch(packed, 8, rng)
+        patch = draw_patch(packed, 8, rng).unpack()
         low = patch.latents[0] // 8 * 8
         inside = ((volume.latents >= low) & (volume.latents < low + 8)).all(1)
         check_equal(patch, select_latents(volume, inside))  # an edge of 8: the window itself

@@ -25,6 +25,7 @@ from reference_model.symmetry import turn_batch
 from reference_model.volume import Volume, load_volume, save_volume, without_margin
 
 _PATIENCE = 200  # draws in a row that may be of no use
+_MOST_PIECES = 32  # patches of one volume in a batch
 
 
 class DrawError(ValueError):
@@ -118,7 +119,7 @@ def load_at(path: Path, resolution: int) -> Volume:
 
 @dataclass(frozen=True)
 class DrawnBatch:
-    """A batch as workers make it; `to` unpacks and turns volumes where they are wanted, since at 1024 that takes a worker seconds each."""
+    """A batch as workers make it; `to` unpacks and turns volumes where they are wanted, all at once."""
 
     volumes: VolumeBatch | PackedBatch
     symmetries: tuple[int, ...]  # of each volume; none: they stay as they are
@@ -143,7 +144,8 @@ class BatchStream(Dataset[DrawnBatch]):
     last had to fit. Volumes of more than `max_tokens` are dropped and counted, so a batch has less than tokens + max_tokens;
     so are draws that make no volume. ValueError when nothing else comes.
     patch_latents: of each volume come cubes of so many latents an edge (`reference_model.patches`), each turned on its own, until they
-    hold `patch_tokens`: a thin blade gives many where a large shape gives one, and so both count alike.
+    hold `patch_tokens`, 32 cubes at most: a thin blade gives many where a large shape gives one, and so both count alike. `max_tokens`
+    is then asked of each cube, a draw with a larger one is dropped, and a batch has less than tokens + patch_tokens + max_tokens.
     """
 
     sources: Sequence[tuple[Source, float]]
@@ -164,6 +166,8 @@ class BatchStream(Dataset[DrawnBatch]):
             raise ValueError(
                 f"tokens, max_tokens and patch_tokens must be positive, got {self.tokens=}, {self.max_tokens=}, {self.patch_tokens=}"
             )
+        if self.patch_tokens > 1 and self.patch_latents is None:
+            raise ValueError(f"patch_tokens is of patches: patch_latents must be given, got {self.patch_tokens=}, {self.patch_latents=}")
         if self.patch_latents is not None and (self.patch_latents < STEP or self.patch_latents % STEP):
             raise ValueError(f"patch_latents must be a positive multiple of {STEP}, or None, got {self.patch_latents=}")
 
@@ -207,9 +211,11 @@ class BatchStream(Dataset[DrawnBatch]):
         """What a batch takes of a volume: all of it, or patches."""
         if not self.patch_latents:
             return [volume]
-        pieces: list[Volume | PackedVolume] = [draw_patch(volume, self.patch_latents, rng)]
-        while len(volume.latents) and sum(len(piece.latents) for piece in pieces) < self.patch_tokens:
+        pieces: list[Volume | PackedVolume] = []
+        held = 0
+        while not pieces or (0 < held < self.patch_tokens and len(pieces) < _MOST_PIECES):
             pieces.append(draw_patch(volume, self.patch_latents, rng))
+            held += len(pieces[-1].latents)
         return pieces
 
     def loader(self, start: int, workers: int, ahead: int = 2) -> Iterator[DrawnBatch]:

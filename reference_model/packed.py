@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reference_model.dataset import VolumeBatch
 from reference_model.tiles import CELL, lattice
-from reference_model.volume import Volume, check_schema
+from reference_model.volume import TENSORS, Volume, check_schema
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,15 +31,11 @@ class PackedVolume:
     def latents(self) -> Tensor:
         return self.tensors["latents"]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "PackedVolume":
-        """The same with each tensor replaced by the function of it."""
-        return replace(self, tensors={name: function(x) for name, x in self.tensors.items()})
-
-    def unpack(self, device: torch.device | str = "cpu", non_blocking: bool = False) -> Volume:
+    def unpack(self, device: torch.device | str = "cpu") -> Volume:
         """The volume on a device, bit for bit that of `load_volume(…, margin=True)`."""
-        x = PackedBatch.of([self]).unpack(device, non_blocking)
+        x = PackedBatch.of([self]).unpack(device)
         return Volume(
-            self.resolution, x.coords[:, 1:], x.values, x.sharp, x.latents[:, 1:], x.latent_index, x.inside,
+            self.resolution, x.coords[:, 1:].contiguous(), x.values, x.sharp, x.latents[:, 1:].contiguous(), x.latent_index, x.inside,
             self.scale, self.offset, self.y_up, self.meta, self.margin,
         )  # fmt: skip
 
@@ -48,9 +44,9 @@ class PackedVolume:
 class PackedBatch:
     """Volumes of one resolution, their tensors joined: few copies and few launches, however many there are."""
 
-    tensors: Mapping[str, Tensor]  # as of one, bits after bits without gaps
-    cu_seqlens: Tensor  # [B+1] int32, bounds of the samples among values
-    cu_latents: Tensor  # [B+1] int32
+    tensors: Mapping[str, Tensor]  # of the files, row after row; sharp and inside bit after bit, with no padding between volumes
+    cu_seqlens: Tensor  # [B+1] int32 on the host, bounds of the samples among values
+    cu_latents: Tensor  # [B+1] int32 on the host
     levels: Tensor  # [B] float32
     resolution: int
     meta: tuple[Mapping[str, str], ...]
@@ -58,11 +54,11 @@ class PackedBatch:
 
     @staticmethod
     def of(volumes: Sequence[PackedVolume], dropped: int = 0) -> "PackedBatch":
-        """ValueError for several resolutions."""
+        """The volumes in their order, on the host; ValueError unless they are of one resolution."""
         resolutions = {v.resolution for v in volumes}
         if len(resolutions) != 1:
             raise ValueError(f"a batch needs volumes of one resolution, got {sorted(resolutions)}")
-        parts = {name: [v.tensors[name] for v in volumes] for name in volumes[0].tensors}
+        parts = {name: [v.tensors[name] for v in volumes] for name in TENSORS}
         latents, voxels = [len(x) for x in parts["latents"]], [len(x) for x in parts["values"]]
         bits = {"sharp": voxels, "inside": [CELL**3 * a - b for a, b in zip(latents, voxels, strict=True)]}
         tensors = {name: _join_bits(x, bits[name]) if name in bits else torch.cat(x) for name, x in parts.items()}
@@ -77,18 +73,21 @@ class PackedBatch:
         return {"tokens": tokens, "voxels": voxels, "samples": len(self.meta), "dropped": self.dropped}
 
     def pin_memory(self) -> "PackedBatch":
-        return replace(self, tensors={name: x.pin_memory() for name, x in self.tensors.items()})
+        return replace(self, tensors={name: x.pin_memory() for name, x in self.tensors.items()}, levels=self.levels.pin_memory())
 
     def unpack(self, device: torch.device | str, non_blocking: bool = False) -> VolumeBatch:
         """The batch with its rows on the device; the bounds of the samples stay on the host."""
         x = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
-        of_latent, of_value = (_samples(cu, device) for cu in (self.cu_latents, self.cu_seqlens))
-        latents = torch.cat([of_latent[:, None], x["latents"].int()], 1)
+        levels = self.levels.to(device, non_blocking=non_blocking)
+        sample = torch.arange(len(levels), dtype=torch.int32, device=device)
+        sizes = self.cu_latents.diff().long().to(device)
+        sample = sample.repeat_interleave(sizes, output_size=len(x["latents"]))
+        latents = torch.cat([sample[:, None], x["latents"].int()], 1)
         band = _bits(x["band"]).view(-1, CELL**3)
         latent_index, child = band.nonzero().unbind(1)
-        values = x["values"].float() / self.levels.to(device)[of_value.long()]
-        inside = torch.zeros_like(band).masked_scatter_(band, values < 0).masked_scatter_(~band, _bits(x["inside"]))
         at = latents[latent_index]
+        values = x["values"].float() / levels[at[:, 0]]  # by a tensor: by a number, a GPU would multiply, another rounding
+        inside = torch.zeros_like(band).masked_scatter_(band, values < 0).masked_scatter_(~band, _bits(x["inside"]))
         coords = torch.cat([at[:, :1], at[:, 1:] * CELL + lattice(CELL, latents.device).int()[child]], 1)
         return VolumeBatch(
             self.resolution, coords, values, _bits(x["sharp"])[: len(values)], latents, latent_index.int(), inside,
@@ -118,13 +117,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _join_bits(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Bits of several tensors, so many of each, one after another."""
+    """Packed bits uint8 of several tensors, so many of each → [ceil(all / 8)] uint8, one after another."""
     if len(parts) == 1:
         return parts[0]
     return torch.from_numpy(np.packbits(np.concatenate([np.unpackbits(x.numpy(), count=n) for x, n in zip(parts, counts, strict=True)])))
-
-
-def _samples(bounds: Tensor, device: torch.device | str) -> Tensor:
-    """[n] int32: sample of each row, from bounds [B+1] on the host."""
-    sizes = bounds.diff().long()
-    return torch.arange(len(sizes), dtype=torch.int32, device=device).repeat_interleave(sizes.to(device), output_size=int(bounds[-1]))

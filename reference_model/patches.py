@@ -54,12 +54,12 @@ def select_packed(volume: PackedVolume, keep: Tensor) -> PackedVolume:
 
 
 def _members(counts: NDArray, rows: NDArray) -> NDArray:
-    """Places of the members of chosen rows, where row i has counts[i] of them side by side."""
+    """[n] int64 places of the members of chosen rows [K], where row i has counts[i] of them side by side."""
     ends, sizes = counts.cumsum(dtype=np.int64), counts[rows]
     first = np.repeat(ends[rows] - sizes.cumsum(dtype=np.int64), sizes)  # of a row's members, less the number of those before
     return first + np.arange(len(first))
 
 
 def _bits_at(packed: NDArray, places: NDArray) -> NDArray:
-    """Bits of bytes, most significant first."""
+    """[n] uint8, 0 or 1: bits of bytes at places [n], most significant first."""
     return packed[places >> 3] >> (7 - (places & 7)).astype(np.uint8) & 1

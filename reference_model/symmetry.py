@@ -29,30 +29,33 @@ def apply_symmetry(volume: Volume, index: int) -> Volume:
     """
     turned = turn_batch(collate_volumes([volume]), [index], volume.latents.device)
     return replace(
-        volume, coords=turned.coords[:, 1:], values=turned.values, sharp=turned.sharp, latents=turned.latents[:, 1:],
-        latent_index=turned.latent_index, inside=turned.inside, meta=turned.meta[0],
+        volume, coords=turned.coords[:, 1:].contiguous(), values=turned.values, sharp=turned.sharp,
+        latents=turned.latents[:, 1:].contiguous(), latent_index=turned.latent_index, inside=turned.inside, meta=turned.meta[0],
     )  # fmt: skip
 
 
 def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device | str, non_blocking: bool = False) -> VolumeBatch:
-    """A batch on the device, its bounds from the host: sample i moved by `symmetries()[indices[i]]`; no indices leave it as it is."""
+    """The batch on the device, sample i moved by `symmetries()[indices[i]]`; no indices leave it as it is.
+
+    ValueError unless each sample has an index in [0, 48).
+    """
     moved = batch.to(device, non_blocking)
     if not indices:
         return moved
-    if not all(0 <= index < 48 for index in indices):
-        raise ValueError(f"index must be in [0, 48), got {[*indices]}")
+    if len(indices) != len(batch.meta) or not all(0 <= index < 48 for index in indices):
+        raise ValueError(f"index must be in [0, 48), one a sample, got {[*indices]} for {len(batch.meta)}")
     chosen = torch.tensor(indices)
-    motion, source = (x[chosen].to(device, non_blocking=non_blocking) for x in (symmetries(), _source_children()))
+    motion, tables = (x[chosen].to(device) for x in (symmetries(), _source_children()))
     sample = moved.latents[:, 0].long()
     axes, signs = motion.abs().argmax(2)[sample], motion.sum(2)[sample]
     at = moved.latents[:, 1:].gather(1, axes)
     at = torch.where(signs < 0, batch.resolution // CELL - 1 - at, at)
     key = at.long()
     order = ((sample << 45) + (key[:, 0] << 30) + (key[:, 1] << 15) + key[:, 2]).argsort()
-    children = source[sample]  # order keeps the samples where they are
+    came_from = tables[sample]  # [L,512] int64; order keeps the rows of a sample where they are, so their first columns stay too
     rows = torch.full(moved.inside.shape, -1, dtype=torch.int32, device=at.device)
     rows[moved.latent_index.long(), child_index(moved.coords[:, 1:])] = torch.arange(len(moved.coords), dtype=torch.int32, device=at.device)
-    rows = rows[order].gather(1, children)
+    rows = rows[order].gather(1, came_from)
     latent_index, child = (rows >= 0).nonzero().unbind(1)
     voxels = rows[latent_index, child]
     at = at[order]
@@ -63,7 +66,7 @@ def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device 
         sharp=moved.sharp[voxels],
         latents=torch.cat([moved.latents[:, :1], at], 1),
         latent_index=latent_index.int(),
-        inside=moved.inside[order].gather(1, children),
+        inside=moved.inside[order].gather(1, came_from),
         meta=tuple(
             {**meta, "symmetry": str(_find(symmetries()[i] @ symmetries()[int(meta.get("symmetry", 0))]))}
             for meta, i in zip(batch.meta, indices, strict=True)

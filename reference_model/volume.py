@@ -35,7 +35,7 @@ CELL = 8
 _CELLS = 256  # latents decoded at once: they stay in the cache
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.int32)  # bits of a byte
 _FORMAT, _VERSION, _MOST_LEVELS = "ssa-volume", "2", 32767
-_TENSORS, _HEADER = ("latents", "band", "values", "sharp", "inside"), ("resolution", "levels", "scale", "offset", "y_up", "margin", "meta")
+TENSORS, _HEADER = ("latents", "band", "values", "sharp", "inside"), ("resolution", "levels", "scale", "offset", "y_up", "margin", "meta")
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +184,7 @@ def check_schema(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> np
     """Children marked in each latent; ValueError names what breaks the schema of the module's docstring."""
     if header.get("format") != _FORMAT or header.get("version") != _VERSION:
         raise ValueError(f"not a volume of version {_VERSION}: {header.get('format')=}, {header.get('version')=}")
-    for names, held in ((_TENSORS, tensors), (_HEADER, header)):
+    for names, held in ((TENSORS, tensors), (_HEADER, header)):
         for name in names:
             if name not in held:
                 raise ValueError(f"{name!r} is missing")

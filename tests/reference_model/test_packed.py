@@ -7,10 +7,12 @@ import torch
 from analytic import check_equal, sphere, torus, volume_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 from reference_model.batches import DrawnBatch
 from reference_model.dataset import collate_volumes
 from reference_model.packed import PackedBatch, read_packed
+from reference_model.patches import select_packed
 from reference_model.symmetry import apply_symmetry
 from reference_model.volume import RESAMPLING_MARGIN, load_volume, save_volume
 
@@ -52,6 +54,20 @@ def test_bits_and_levels_are_joined_volume_by_volume(tmp_path, device: str) -> N
     packed, volumes = [*map(read_packed, paths)], [load_volume(path, margin=True) for path in paths]
     assert len({v.levels for v in packed}) == 2 and len(volumes[0].coords) % 8 and 0 < volumes[2].sharp.sum() < len(volumes[2].sharp)
     check_equal(PackedBatch.of(packed, 2).unpack(device), replace(collate_volumes(volumes), dropped=2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_empty_volumes_among_others(tmp_path, workers: int) -> None:
+    """In batches that workers may have sent."""
+    path = tmp_path / "a"
+    save_volume(volume_of(sphere(0.3, (0.2, 0.1, 0.0)), 64), path)
+    packed, loaded = read_packed(path), load_volume(path)
+    none = select_packed(packed, torch.zeros(len(packed.latents), dtype=torch.bool))
+    batches = [DrawnBatch(PackedBatch.of([none, packed, none]), (3, 5, 9)), DrawnBatch(PackedBatch.of([none]), ())]
+    wanted = [[apply_symmetry(none.unpack(), 3), apply_symmetry(loaded, 5), apply_symmetry(none.unpack(), 9)], [none.unpack()]]
+    got = DataLoader(batches, batch_size=None, num_workers=workers, multiprocessing_context="spawn" if workers else None)
+    for batch, volumes in zip(got, wanted, strict=True):
+        check_equal(batch.to("cpu"), collate_volumes(volumes))
 
 
 def test_files_that_do_not_fit_are_named(tmp_path) -> None:

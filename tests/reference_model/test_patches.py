@@ -79,18 +79,23 @@ def test_small_volumes_give_as_much_as_large_ones(stored) -> None:
         for name in ("torus", "thin")
     ]
     held = {"thin": 0, "": 0}
-    stream = BatchStream(sources, (192,), tokens=300, max_tokens=10**6, patch_latents=8, patch_tokens=60)
+    stream = BatchStream(sources, (192,), tokens=300, max_tokens=10**6, patch_latents=8, patch_tokens=30)
     motions = set()
     for i in range(20):
         batch = stream[i].to("cpu")
         for meta, tokens in zip(batch.meta, batch.cu_latents.diff().tolist(), strict=True):
             held[meta.get("source", "")] += tokens
             motions.add(meta["symmetry"] if "source" in meta else None)
-    assert held["thin"] % 60 == 0 and 0.4 < held["thin"] / held[""] < 1.2  # one by one: below 0.05
+        assert 300 <= batch.counts["tokens"] < 300 + 30 + 8**3
+    assert held["thin"] % 30 == 0 and 0.2 < held["thin"] / held[""] < 1  # one by one: below 0.03
     assert len(motions) > 20
+    specks = replace(stream, sources=sources[1:], patch_tokens=1000, tokens=1)[0].to("cpu")
+    assert specks.counts["samples"] == specks.counts["tokens"] == 32
 
 
-@pytest.mark.parametrize("values", [dict(patch_latents=12), dict(patch_latents=0), dict(patch_latents=8, patch_tokens=0)])
+@pytest.mark.parametrize(
+    "values", [dict(patch_latents=12), dict(patch_latents=0), dict(patch_latents=8, patch_tokens=0), dict(patch_tokens=2)]
+)
 def test_what_patches_cannot_be(stored, values: dict) -> None:
     source = PreparedSource((PreparedVolume(stored[0], "torus", "torus", "train", 192, 1, 1),))
     with pytest.raises(ValueError, match="patch"):

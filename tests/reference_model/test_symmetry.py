@@ -67,6 +67,8 @@ def test_a_batch_is_turned_volume_by_volume(indices, device):
 def test_other_indices_are_refused(index):
     with pytest.raises(ValueError, match="index must be in"):
         apply_symmetry(SOURCE, index)
+    with pytest.raises(ValueError, match=r"one a sample, got \[1, 2\] for 1"):
+        turn_batch(collate_volumes([SOURCE]), [1, 2], "cpu")
 
 
 SOURCE = volume_of(shape, 256, edges=edges)

@@ -1,7 +1,8 @@
-"""Copies of meshes, turned and stretched at random: what the 48 symmetries of the cube cannot add.
+"""Copies of meshes, turned, stretched and roughened at random: what the 48 symmetries of the cube cannot add.
 
-`python -m reference_model.variants meshes=PATH out=DIRECTORY [count=8] [least=0.4]` writes `STEM_vSEED.ply`. A flip or a quarter turn puts
-every surface on the same places of the grid again; a turn by any angle does not, and a stretch makes walls thinner and edges blunter.
+`python -m reference_model.variants meshes=PATH out=DIRECTORY [count=8] [least=0.4] [rough=0]` writes `STEM_vSEED.ply`. A flip or a quarter
+turn puts every surface on the same places of the grid again; a turn by any angle does not, and a stretch makes walls thinner and edges
+blunter. Bumps (`rough`) are what scans and worn things have and shapes made by code have not: detail of the size of the grid.
 A copy has another geometry, so nothing later knows whose it is: held-out meshes, and those of the same geometry, get none, and
 `reference_model.prepare` may put copies of one mesh in different splits.
 """
@@ -15,9 +16,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from reference_model.cli import parse
-from reference_model.meshes import Mesh, MeshError, load_mesh, save_mesh
+from reference_model.cli import optional_import, parse
+from reference_model.meshes import LONGEST_SIDE, Mesh, MeshError, load_mesh, save_mesh
 from reference_model.sources import Source, find_sources, geometry_sha256
+
+_WAVES = (0.015, 0.15)  # lengths of the shortest and the longest bump: 4 and 38 voxels at 512
+_MOST_FACES = 400_000
 
 
 def random_rotation(rng: np.random.Generator) -> NDArray[np.float64]:
@@ -38,6 +42,32 @@ def vary(vertices: NDArray[np.float64], name: str, seed: int, least: float) -> N
     stretch = np.exp(rng.uniform(np.log(least), 0, 3))
     first, last = random_rotation(rng), random_rotation(rng)
     return ((vertices @ first) * stretch) @ last
+
+
+def roughen(
+    vertices: NDArray[np.float64], faces: NDArray[np.int64], name: str, seed: int, height: float
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The mesh with bumps along its normals: waves of all directions, 0.015 to 0.15 long, together of rms `height`.
+
+    Lengths are those of the normal cube, where the longest side is LONGEST_SIDE. Triangles are cut in four, all of them, while edges are
+    longer than a third of the shortest wave, so closed meshes stay closed; at 400,000 faces that ends, and the finest bumps are lost.
+    """
+    remesh, trimesh = optional_import("trimesh.remesh"), optional_import("trimesh")
+    unit = LONGEST_SIDE / np.ptp(vertices, axis=0).max()
+    while 4 * len(faces) <= _MOST_FACES and _longest_edge(vertices, faces) * unit > _WAVES[0] / 3:
+        vertices, faces = remesh.subdivide(vertices, faces)
+    rng = np.random.default_rng([zlib.crc32(name.encode()), seed, 1])
+    directions = rng.normal(size=(32, 3))
+    lengths = np.exp(rng.uniform(np.log(_WAVES[0]), np.log(_WAVES[1]), 32))
+    waves = 2 * np.pi * directions / (np.linalg.norm(directions, axis=1) * lengths)[:, None]
+    bumps = np.sin(vertices * unit @ waves.T + rng.uniform(0, 2 * np.pi, 32)).sum(1) * (2 / 32) ** 0.5
+    normals = trimesh.Trimesh(vertices, faces, process=False).vertex_normals
+    return vertices + normals * (bumps * height / unit)[:, None], np.asarray(faces)
+
+
+def _longest_edge(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> float:
+    corners = vertices[faces]
+    return float(np.linalg.norm(corners - np.roll(corners, 1, 1), axis=2).max())
 
 
 def read_mesh(source: Source) -> Mesh | None:
@@ -68,13 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(paths["out"])
     written = 0
     try:
+        if not 0 <= config.rough < 0.1:
+            raise ValueError(f"rough must lie in [0, 0.1), got {config.rough}")
         if isinstance(skip, (str, int, float)):
             raise ValueError(f"skip must be a list of stems, as [spot,sword], got {skip!r}")
         out.mkdir(parents=True, exist_ok=True)
         for source, mesh in meshes_to_vary(find_sources(paths["meshes"], exclude=out), [str(name) for name in skip]):
             for seed in range(config.seed, config.seed + config.count):
-                turned = vary(mesh.vertices, source.path.stem, seed, config.least)
-                save_mesh(out / f"{source.slug}_v{seed:03d}.ply", turned, mesh.faces)
+                moved, faces = vary(mesh.vertices, source.path.stem, seed, config.least), mesh.faces
+                if config.rough:
+                    moved, faces = roughen(moved, faces, source.path.stem, seed, config.rough)
+                save_mesh(out / f"{source.slug}_v{seed:03d}.ply", moved, faces)
                 written += 1
             print(f"{source.path.name}: {config.count} copies", flush=True)
     except (ValueError, OSError) as error:

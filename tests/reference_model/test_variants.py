@@ -5,8 +5,9 @@ import pytest
 
 pytest.importorskip("trimesh")
 
+from reference_model import variants  # noqa: E402
 from reference_model.meshes import load_mesh, save_mesh  # noqa: E402
-from reference_model.variants import main, random_rotation, vary  # noqa: E402
+from reference_model.variants import main, random_rotation, roughen, vary  # noqa: E402
 
 BOX = np.array([[x, y, z] for x in (0.0, 1.0) for y in (0.0, 2.0) for z in (0.0, 3.0)])
 QUADS = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
@@ -53,6 +54,30 @@ def test_a_copy_is_turned_stretched_and_turned_again():
     assert np.abs(turn).max() < 0.999
 
 
+def test_bumps_follow_the_normals_of_a_closed_mesh():
+    import trimesh
+
+    sphere = trimesh.creation.icosphere(4, 7.0)
+    rough, faces = roughen(sphere.vertices, sphere.faces, "ball", 3, 0.002)
+    again, _ = roughen(sphere.vertices, sphere.faces, "ball", 3, 0.002)
+    other, _ = roughen(sphere.vertices, sphere.faces, "ball", 4, 0.002)
+    np.testing.assert_array_equal(rough, again)
+    assert not np.allclose(rough, other) and trimesh.Trimesh(rough, faces).is_watertight
+    unit = 1.9 / 14
+    plain, _ = roughen(sphere.vertices, sphere.faces, "ball", 3, 0.0)
+    height = (np.linalg.norm(rough, axis=1) - np.linalg.norm(plain, axis=1)) * unit
+    assert 0.0015 < np.sqrt((height**2).mean()) < 0.0025 and abs(height.mean()) < 0.0005
+    assert np.abs(np.linalg.norm(np.diff(rough[faces[:, :2]], axis=1), axis=2)).max() * unit < 0.02
+    away = (rough - plain) / np.linalg.norm(rough - plain, axis=1, keepdims=True)
+    assert (np.abs((away * plain / 7.0).sum(1)) > 0.99).mean() > 0.99
+
+
+def test_bumps_end_where_triangles_would_be_too_many(monkeypatch):
+    monkeypatch.setattr(variants, "_MOST_FACES", 12 * 4**3)
+    rough, faces = roughen(BOX, FACES, "box", 0, 0.001)
+    assert len(faces) == 12 * 4**3 and len(rough) == len(faces) // 2 + 2
+
+
 def write(folder, **meshes):
     folder.mkdir(parents=True, exist_ok=True)
     for name, vertices in meshes.items():
@@ -69,6 +94,9 @@ def test_command_leaves_out_what_is_held_out(tmp_path, capsys):
     copy = load_mesh(out / "box_v002.ply")
     np.testing.assert_allclose(volume(copy.vertices, copy.faces), volume(BOX, FACES), rtol=1e-5)
     assert "broken.obj: " in capsys.readouterr().err
+    assert main([*paths, "count=1", "seed=9", "least=1", "rough=0.002"]) == 0
+    bumpy = load_mesh(out / "box_v009.ply")
+    assert len(bumpy.faces) > 1000 and 0 < abs(volume(bumpy.vertices, bumpy.faces) / volume(BOX, FACES) - 1) < 0.02
     assert main([*paths, "skip=[box]", "count=1"]) == 0
     assert (out / "sword_v000.ply").exists() and (out / "twin_of_sword_v000.ply").exists()
     assert main([*paths, "skip=[box,sword]"]) == 1
@@ -76,7 +104,9 @@ def test_command_leaves_out_what_is_held_out(tmp_path, capsys):
 
 def test_mistakes_are_named(tmp_path, capsys):
     paths = write(tmp_path / "a", box=BOX)
-    for arguments, message in ((["least=2"], "least must lie in (0, 1], got 2"), (["skip=box"], "skip must be a list of stems")):
+    wrong = {"least=2": "least must lie in (0, 1], got 2", "skip=box": "skip must be a list of stems"}
+    for argument, message in (wrong | {"rough=-1": "rough must lie in [0, 0.1), got -1"}).items():
+        arguments = [argument]
         assert main([*paths, *arguments]) == 2
         assert message in capsys.readouterr().err
     write(tmp_path / "a" / "b", box=BOX)

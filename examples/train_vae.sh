@@ -2,8 +2,8 @@
 # Train and score the VAE: examples/train_vae.sh MESHES OUT [key=value of train_vae …]
 # MESHES: a directory of meshes; those named in configs/train_vae.yaml as held out are scored and not trained on.
 # May be set before the call: VAE (compact or full), RESOLUTIONS (256,512), COUNT (8 shapes of each family), COPIES (4 turned and stretched
-# ones of each mesh, at least 1), WORKERS (processes). At 1024, or for the full size, add patch_latents=24 tokens=6000 max_tokens=150000.
-# Stops and goes on at any stage.
+# ones of each mesh, at least 1), WORKERS (processes). At 1024, or for the full size, add patch_latents=24 patch_tokens=800 tokens=9000
+# max_tokens=150000. Stops and goes on at any stage.
 set -euo pipefail
 meshes=$1 out=$2
 shift 2

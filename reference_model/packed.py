@@ -79,9 +79,8 @@ class PackedBatch:
         """The batch with its rows on the device; the bounds of the samples stay on the host."""
         x = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
         levels = self.levels.to(device, non_blocking=non_blocking)
-        sample = torch.arange(len(levels), dtype=torch.int32, device=device)
-        sizes = self.cu_latents.diff().long().to(device)
-        sample = sample.repeat_interleave(sizes, output_size=len(x["latents"]))
+        sizes = self.cu_latents.diff().to(device)
+        sample = torch.arange(len(levels), dtype=torch.int32, device=device).repeat_interleave(sizes, output_size=len(x["latents"]))
         latents = torch.cat([sample[:, None], x["latents"].int()], 1)
         band = _bits(x["band"]).view(-1, CELL**3)
         latent_index, child = band.nonzero().unbind(1)

@@ -39,11 +39,11 @@ def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device 
 
     ValueError unless each sample has an index in [0, 48).
     """
+    if indices and (len(indices) != len(batch.meta) or not all(0 <= index < 48 for index in indices)):
+        raise ValueError(f"index must be in [0, 48), one a sample, got {[*indices]} for {len(batch.meta)}")
     moved = batch.to(device, non_blocking)
     if not indices:
         return moved
-    if len(indices) != len(batch.meta) or not all(0 <= index < 48 for index in indices):
-        raise ValueError(f"index must be in [0, 48), one a sample, got {[*indices]} for {len(batch.meta)}")
     chosen = torch.tensor(indices)
     motion, tables = (x[chosen].to(device) for x in (symmetries(), _source_children()))
     sample = moved.latents[:, 0].long()

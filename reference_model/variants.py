@@ -21,6 +21,7 @@ from reference_model.meshes import LONGEST_SIDE, Mesh, MeshError, load_mesh, sav
 from reference_model.sources import Source, find_sources, geometry_sha256
 
 _WAVES = (0.015, 0.15)  # lengths of the shortest and the longest bump: 4 and 38 voxels at 512
+_COUNT = 32  # of waves
 _MOST_FACES = 400_000
 
 
@@ -52,22 +53,16 @@ def roughen(
     Lengths are those of the normal cube, where the longest side is LONGEST_SIDE. Triangles are cut in four, all of them, while edges are
     longer than a third of the shortest wave, so closed meshes stay closed; at 400,000 faces that ends, and the finest bumps are lost.
     """
-    remesh, trimesh = optional_import("trimesh.remesh"), optional_import("trimesh")
-    unit = LONGEST_SIDE / np.ptp(vertices, axis=0).max()
-    while 4 * len(faces) <= _MOST_FACES and _longest_edge(vertices, faces) * unit > _WAVES[0] / 3:
-        vertices, faces = remesh.subdivide(vertices, faces)
+    mesh = optional_import("trimesh").Trimesh(vertices, faces, process=False)
+    unit = LONGEST_SIDE / mesh.extents.max()
+    while 4 * len(mesh.faces) <= _MOST_FACES and mesh.edges_unique_length.max() * unit > _WAVES[0] / 3:
+        mesh = mesh.subdivide()
     rng = np.random.default_rng([zlib.crc32(name.encode()), seed, 1])
-    directions = rng.normal(size=(32, 3))
-    lengths = np.exp(rng.uniform(np.log(_WAVES[0]), np.log(_WAVES[1]), 32))
+    directions = rng.normal(size=(_COUNT, 3))
+    lengths = np.exp(rng.uniform(np.log(_WAVES[0]), np.log(_WAVES[1]), _COUNT))
     waves = 2 * np.pi * directions / (np.linalg.norm(directions, axis=1) * lengths)[:, None]
-    bumps = np.sin(vertices * unit @ waves.T + rng.uniform(0, 2 * np.pi, 32)).sum(1) * (2 / 32) ** 0.5
-    normals = trimesh.Trimesh(vertices, faces, process=False).vertex_normals
-    return vertices + normals * (bumps * height / unit)[:, None], np.asarray(faces)
-
-
-def _longest_edge(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> float:
-    corners = vertices[faces]
-    return float(np.linalg.norm(corners - np.roll(corners, 1, 1), axis=2).max())
+    bumps = np.sin(mesh.vertices * unit @ waves.T + rng.uniform(0, 2 * np.pi, _COUNT)).sum(1) * (2 / _COUNT) ** 0.5
+    return np.asarray(mesh.vertices + mesh.vertex_normals * (bumps * height / unit)[:, None]), np.asarray(mesh.faces)
 
 
 def read_mesh(source: Source) -> Mesh | None:

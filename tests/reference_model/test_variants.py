@@ -104,10 +104,13 @@ def test_command_leaves_out_what_is_held_out(tmp_path, capsys):
 
 def test_mistakes_are_named(tmp_path, capsys):
     paths = write(tmp_path / "a", box=BOX)
-    wrong = {"least=2": "least must lie in (0, 1], got 2", "skip=box": "skip must be a list of stems"}
-    for argument, message in (wrong | {"rough=-1": "rough must lie in [0, 0.1), got -1"}).items():
-        arguments = [argument]
-        assert main([*paths, *arguments]) == 2
+    wrong = {
+        "least=2": "least must lie in (0, 1], got 2",
+        "skip=box": "skip must be a list of stems",
+        "rough=-1": "rough must lie in [0, 0.1), got -1",
+    }
+    for argument, message in wrong.items():
+        assert main([*paths, argument]) == 2
         assert message in capsys.readouterr().err
     write(tmp_path / "a" / "b", box=BOX)
     assert main(paths) == 2

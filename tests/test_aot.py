@@ -13,6 +13,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from utils import draw_qkv, random_coords
 
@@ -29,6 +30,7 @@ from ssa.kernels import (
     submanifold_conv3d,
     varlen_attention,
 )
+from ssa.kernels import varlen_attention_hopper as hopper
 from ssa.kernels.launch import Launcher
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
@@ -149,3 +151,25 @@ def test_all_kernels_fit_every_chip():
         done |= compile_all([(job, 89) for job in (*grouped, *narrow.values())])
     too_much = [f"{job[0]}.{job[1]} sm_{c}: {size / 1024}" for (job, c), size in done.items() if size > SHARED_KIB[c] * 1024]
     assert len(work) >= 150 and not too_much, f"shared memory in KiB beyond the chip's: {too_much}"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [16, 32, 64])
+def test_the_hopper_kernel_compiles(head_dim: int, dtype: str):
+    """And leaves room for four programs a multiprocessor, three at a head size of 64."""
+    names = [p.name for p in hopper._dkv_kernel.function.params]
+    constants = dict(SPLITS=4, HQ=32, HKV=2, D=head_dim, STEP=hopper.STEP, BLOCK_N=hopper.BLOCK_N)
+    types = {name: "*" + dtype for name in ("q_ptr", "k_ptr", "v_ptr", "do_ptr")} | dict(
+        stats_ptr="*fp32", dk_ptr="*fp32", dv_ptr="*fp32", cu_q_ptr="*i32", tiles_ptr="*i32", num_tiles="i32", num_keys="i32", scale="fp32"
+    )
+    compiled = triton.compile(
+        GluonASTSource(
+            hopper._dkv_kernel.function,
+            {name: types.get(name, "constexpr") for name in names},
+            {(names.index(name),): value for name, value in constants.items()},
+            {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")},
+        ),
+        target=GPUTarget("cuda", 90, 32),
+        options=hopper.config(head_dim),
+    )
+    assert compiled.metadata.shared * (4 if head_dim <= 32 else 3) <= 227 * 1024

@@ -72,6 +72,24 @@ if DEVICE.type == "cuda":
         """Few keys over many rows: dk and dv are sums of partial sums over the queries."""
         compare(*problem([3000, 70], [40, 3], hq=16, hkv=1, dtype=dtype))
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        "head_dim, group, shares", [(16, 4, 1), (32, 16, 1), (32, 16, 4), (32, 1, 2), (32, 3, 2), (48, 8, 1), (64, 8, 4)]
+    )
+    def test_long_segments_of_all_forms(head_dim, group, shares, dtype, monkeypatch):
+        """More than 512 keys a segment on average, some of few, some of none, over queries that fill no tile; in 16 bit on sm_90 the kernel
+        of varlen_attention_hopper, but for head sizes and groups that do not fill its tiles. The shares that hold no query add nothing."""
+        from ssa.kernels import varlen_attention as kernels
+        from ssa.kernels import varlen_attention_hopper as hopper
+
+        monkeypatch.setattr(kernels, "_splits", lambda *_: shares)
+        fn, reference, inputs = problem([301, 0, 3, 500], [900, 40, 0, 1301], hq=2 * group, d=head_dim, dtype=dtype)
+        if torch.cuda.get_device_capability() == (9, 0):
+            taken = hopper.takes(inputs[0], inputs[1], None, True)
+            assert taken == (dtype != torch.float32 and head_dim != 48 and group != 3)
+        compare(fn, reference, inputs)
+        assert_repeats(fn, inputs)
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_beyond_the_range_of_exp(dtype):

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import varlen_attention_hopper as hopper
 from .common import block_d, key_norms, load_norm, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
 from .inner import dkv_rows, dq_keys, forward_rows, load_stats, packed_rows, store_stats, wide
 from .launch import cdiv, launcher
@@ -199,15 +200,35 @@ def varlen_attention_backward(
     sizes, long = _sizes(q, k, index), _long(k, cu_k)
     dq = torch.empty_like(q) if out[0] is None else out[0]
     config, config_k = configs[0] or _config("dq", d, q.dtype, long), configs[1] or _config("dkv", d, q.dtype, long)
-    tiles, tiles_k = tile_maps((cu_q, t, config["BLOCK_M"] * hkv // hq), (cu_k, n, config_k["BLOCK_N"]))
+    on_hopper = configs[1] is None and out[1] is None and hopper.takes(q, k, index, long)
+    block_n = hopper.BLOCK_N if on_hopper else config_k["BLOCK_N"]
+    tiles, tiles_k = tile_maps((cu_q, t, config["BLOCK_M"] * hkv // hq), (cu_k, n, block_n))
     if t:
         grid = (tiles.shape[2] * hkv,)
         args = (q, k, v, do, stats, dq, cu_k, index, tiles, tiles.shape[2], scale)
         _dq_kernel[grid](*args, ACCUMULATE=out[0] is not None, **sizes, **config)
     gather = int(index is not None)
     splits = _splits(n // 64 * hkv, t * hq // hkv // max(1, cu_q.shape[0] - 1), 8 * n * hkv * d, long)
+    if on_hopper:
+        return dq, *launch_dkv_hopper(q, k, v, do, stats, cu_q, tiles_k, scale, splits)
     dk, dv = launch_dkv(q, k, v, do, stats, cu_q, 0, index, gather, tiles_k, index, gather, scale, out[1:], splits, config_k)
     return dq, dk, dv
+
+
+def launch_dkv_hopper(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, stats: Tensor, cu_q: Tensor, tiles: Tensor, scale: float, splits: int
+) -> tuple[Tensor, Tensor]:
+    """`launch_dkv` of what `varlen_attention_hopper.takes`."""
+    (hq, d), (n, hkv, _) = q.shape[1:], k.shape
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    if n:
+        parts = _parts(dk, dv, splits)
+        hopper._dkv_kernel[(tiles.shape[2] * hkv * splits,)](
+            q, k, v, do, stats, *parts, cu_q, tiles, tiles.shape[2], n, scale, SPLITS=splits, HQ=hq, HKV=hkv, D=d, STEP=hopper.STEP,
+            BLOCK_N=hopper.BLOCK_N, **hopper.config(d),
+        )  # fmt: skip
+        _add_parts(parts, dk, dv, splits, False)
+    return dk, dv
 
 
 def launch_dkv(
@@ -220,18 +241,26 @@ def launch_dkv(
     """
     (hq, d), (n, hkv, _) = q.shape[1:], k.shape
     dk, dv = (torch.empty_like(x) if y is None else y for x, y in zip((k, v), out, strict=True))
-    if n == 0:
-        return dk, dv
-    parts = (dk, dv) if splits == 1 else torch.empty(2, splits, n, hkv, d, dtype=torch.float32, device=q.device)
-    _dkv_kernel[(tiles.shape[2] * hkv * splits,)](
-        q, k, v, do, stats, *parts, cu_q, cu_stride, index_q, index_k, tiles, tiles.shape[2], n, scale, SPLITS=splits, HQ=hq, HKV=hkv,
-        D=d, BLOCK_D=block_d(d), GATHER_Q=gather_q, GATHER_K=gather_k, ACCUMULATE=splits == 1 and out[0] is not None,
-        PRECISION=precision(q), **config,
-    )  # fmt: skip
+    if n:
+        parts = _parts(dk, dv, splits)
+        _dkv_kernel[(tiles.shape[2] * hkv * splits,)](
+            q, k, v, do, stats, *parts, cu_q, cu_stride, index_q, index_k, tiles, tiles.shape[2], n, scale, SPLITS=splits, HQ=hq,
+            HKV=hkv, D=d, BLOCK_D=block_d(d), GATHER_Q=gather_q, GATHER_K=gather_k, ACCUMULATE=splits == 1 and out[0] is not None,
+            PRECISION=precision(q), **config,
+        )  # fmt: skip
+        _add_parts(parts, dk, dv, splits, out[0] is not None)
+    return dk, dv
+
+
+def _parts(dk: Tensor, dv: Tensor, splits: int) -> tuple[Tensor, Tensor] | Tensor:
+    """Where `splits` programs a key tile write: their own shares [2,splits,...] float32, or the gradients themselves."""
+    return (dk, dv) if splits == 1 else torch.empty(2, splits, *dk.shape, dtype=torch.float32, device=dk.device)
+
+
+def _add_parts(parts: tuple[Tensor, Tensor] | Tensor, dk: Tensor, dv: Tensor, splits: int, accumulate: bool) -> None:
     if splits > 1:
         m = dk.numel()
-        _add_parts_kernel[(cdiv(m, 1024),)](parts, dk, dv, m, SPLITS=splits, ACCUMULATE=out[0] is not None, BLOCK=1024, num_warps=4)
-    return dk, dv
+        _add_parts_kernel[(cdiv(m, 1024),)](parts, dk, dv, m, SPLITS=splits, ACCUMULATE=accumulate, BLOCK=1024, num_warps=4)
 
 
 def _sizes(q: Tensor, k: Tensor, index: Tensor | None) -> dict:

@@ -85,10 +85,24 @@ if DEVICE.type == "cuda":
         monkeypatch.setattr(kernels, "_splits", lambda *_: shares)
         fn, reference, inputs = problem([301, 0, 3, 500], [900, 40, 0, 1301], hq=2 * group, d=head_dim, dtype=dtype)
         if torch.cuda.get_device_capability() == (9, 0):
-            taken = hopper.takes(inputs[0], inputs[1], None, True)
+            taken = hopper.takes(inputs[0], inputs[1], inputs[0], None, True)
             assert taken == (dtype != torch.float32 and head_dim != 48 and group != 3)
         compare(fn, reference, inputs)
         assert_repeats(fn, inputs)
+
+    def test_rows_at_odd_addresses():
+        """No kernel may copy 16 bytes at a time from there."""
+        from ssa.kernels import varlen_attention as kernels
+
+        q, k, v, do = (draw(n, h, 32, dtype=torch.bfloat16, seed=n + h) for n, h in ((90, 4), (600, 2), (600, 2), (90, 4)))
+        offsets = cu(90), cu(600)
+        o, lse = kernels.varlen_attention_forward(q, k, v, *offsets, None, 0.2)
+        stats = kernels.attention_stats(o, do, lse, torch.zeros_like(lse))
+        want = kernels.varlen_attention_backward(q, k, v, do, stats, *offsets, None, 0.2)
+        odd = [torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x) for x in (q, k, v, do)]
+        got = kernels.varlen_attention_backward(*odd, stats, *offsets, None, 0.2)
+        for a, b in zip(got, want, strict=True):
+            assert (a - b).abs().max() <= 2 * torch.finfo(a.dtype).eps * b.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,12 +22,16 @@ STEP = 32  # rows worked on at a time
 ROUND = gl.constexpr(128)  # rows copied at a time
 
 
-def takes(q: Tensor, k: Tensor, index: Tensor | None, long: bool) -> bool:
-    """Whether this kernel is for these: long contiguous segments, 16 bit, head sizes and groups that fill its tiles, sm_90."""
+def takes(q: Tensor, k: Tensor, do: Tensor, index: Tensor | None, long: bool) -> bool:
+    """Whether this kernel is for these: long contiguous segments, 16 bit, head sizes and groups that fill its tiles, sm_90.
+
+    It copies 16 bytes at a time, to addresses of which q and do must be.
+    """
     if not (long and index is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
         return False
     whole = q.shape[2] in (16, 32, 64) and ROUND.value % (q.shape[1] // k.shape[1]) == 0
-    return whole and torch.cuda.get_device_capability(q.device) == (9, 0)
+    aligned = q.data_ptr() % 16 == 0 and do.data_ptr() % 16 == 0
+    return whole and aligned and torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
 def config(head_dim: int) -> dict[str, int]:

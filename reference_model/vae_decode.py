@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reference_model.cli import optional_import
+from reference_model.specks import find_specks
 from reference_model.tiles import lattice
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_decoder import HALO
@@ -47,6 +48,21 @@ def decode_volume(
         return coords, values.flatten(), values < 0
     known = values.flatten().isfinite()
     return coords[known], values.flatten()[known], None
+
+
+def without_specks(latents: Tensor, values: Tensor, inside: Tensor | None, resolution: int) -> tuple[Tensor, Tensor | None, int]:
+    """What `decode_volume` gave at latents [L,3], with the other sign in pieces of at most 27 voxels, and the number of those pieces.
+
+    Between walls thinner than a voxel a decoder leaves crumbs. `mesh_to_volume` clears away such pieces of surfaces that overlap by the
+    same rule (`specks.find_specks`). inside None, as after pruning: nothing is known of the voxels left out, and all stays as it is.
+    """
+    if inside is None or not len(latents):
+        return values, inside, 0
+    found, pieces = find_specks(latents.cpu().numpy(), inside.cpu().numpy(), resolution)
+    flip = torch.from_numpy(found).to(values.device)
+    size = values.abs().clamp(min=1e-6)
+    turned = torch.where(inside.flatten(), size, -size)
+    return torch.where(flip.flatten(), turned, values), inside ^ flip, pieces
 
 
 def chunks(latents: Tensor, edge: int) -> Iterator[tuple[Tensor, Tensor]]:

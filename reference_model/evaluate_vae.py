@@ -69,7 +69,9 @@ def run_network(network: SparseVAE, path: Path, target: Path, prune: float | Non
     if values.is_cuda:
         torch.cuda.synchronize()
     decoded = time.perf_counter()
-    values, inside, specks = without_specks(volume.latents, values, inside, resolution)
+    specks = None
+    if inside is not None:  # after pruning the signs of what was left out are not known
+        values, inside, specks = without_specks(volume.latents, values, inside, resolution)
     vertices, faces, report = extract_mesh(coords, values, resolution, inside)
     if len(faces) == 0:
         raise MeshError(f"no surface decoded at {resolution=}")
@@ -159,7 +161,7 @@ def report(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> st
         n = row["network"]
         counts = [n[name] for name in ("latents", "seconds_network", "specks", "missing_corners", "disagreeing_cells", "open_vertices")]
         counts += [f"{n['decoded_percent']:.1f}", n["band_lost"]] if "band_lost" in n else ["100", 0]
-        text.append(f"| {row['mesh']} | {row['resolution']} | " + " | ".join(str(x) for x in counts) + " |")
+        text.append(f"| {row['mesh']} | {row['resolution']} | " + " | ".join("–" if x is None else str(x) for x in counts) + " |")
     text += ["", "## Scores: result / ceiling / floor", "", "thin: area with walls under 2 voxels.", ""]
     text += ["| mesh | R | closed | thin % | " + " | ".join(title for title, _, _ in _SCORES.values()) + " |"]
     text += ["|---|---:|---|---:|" + "---|" * len(_SCORES)]

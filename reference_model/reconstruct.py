@@ -44,6 +44,7 @@ def unit_mesh(volume: Volume, network: SparseVAE | None, sharp: bool) -> tuple[T
     if network is None:
         return extract_mesh(volume.coords, volume.values, volume.resolution, volume.inside, sharp)
     coords, values, resolution, inside = rebuild(volume, network)
+    assert inside is not None  # nothing was pruned
     values, inside, _ = without_specks(volume.latents, values, inside, resolution)
     return extract_mesh(coords, values, resolution, inside, sharp)
 

@@ -23,6 +23,7 @@ from reference_model.volume import CELL
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "vae_compact.safetensors"
 _FORMAT = "ssa-vae"
+_SPECK = 4  # voxels
 
 
 @torch.no_grad()
@@ -50,15 +51,15 @@ def decode_volume(
     return coords[known], values.flatten()[known], None
 
 
-def without_specks(latents: Tensor, values: Tensor, inside: Tensor | None, resolution: int) -> tuple[Tensor, Tensor | None, int]:
-    """What `decode_volume` gave at latents [L,3], with the other sign in pieces of at most 27 voxels, and the number of those pieces.
+def without_specks(latents: Tensor, values: Tensor, inside: Tensor, resolution: int) -> tuple[Tensor, Tensor, int]:
+    """What `decode_volume` gave at latents [L,3], with the other sign in pieces of at most 4 voxels, and the number of those pieces.
 
-    Between walls thinner than a voxel a decoder leaves crumbs. `mesh_to_volume` clears away such pieces of surfaces that overlap by the
-    same rule (`specks.find_specks`). inside None, as after pruning: nothing is known of the voxels left out, and all stays as it is.
+    Between walls thinner than a voxel a decoder leaves crumbs of one to three voxels. A piece of the shape that is no larger goes as well:
+    a decoder's word for it is worth little.
     """
-    if inside is None or not len(latents):
+    if not len(latents):
         return values, inside, 0
-    found, pieces = find_specks(latents.cpu().numpy(), inside.cpu().numpy(), resolution)
+    found, pieces = find_specks(latents.cpu().numpy(), inside.cpu().numpy(), resolution, _SPECK)
     flip = torch.from_numpy(found).to(values.device)
     size = values.abs().clamp(min=1e-6)
     turned = torch.where(inside.flatten(), size, -size)

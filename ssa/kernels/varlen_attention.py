@@ -200,7 +200,7 @@ def varlen_attention_backward(
     sizes, long = _sizes(q, k, index), _long(k, cu_k)
     dq = torch.empty_like(q) if out[0] is None else out[0]
     config, config_k = configs[0] or _config("dq", d, q.dtype, long), configs[1] or _config("dkv", d, q.dtype, long)
-    on_hopper = configs[1] is None and out[1] is None and hopper.takes(q, k, do, index, long)
+    on_hopper = configs[1] is None and out[1:] == (None, None) and hopper.takes(q, k, do, index, long)
     block_n = hopper.BLOCK_N if on_hopper else config_k["BLOCK_N"]
     tiles, tiles_k = tile_maps((cu_q, t, config["BLOCK_M"] * hkv // hq), (cu_k, n, block_n))
     if t:

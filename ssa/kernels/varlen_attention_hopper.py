@@ -1,9 +1,9 @@
 """dk and dv of compression attention on Hopper: what `_dkv_kernel` of varlen_attention.py computes, in Gluon.
 
 Triton waits for each product where it is asked for and reads k and v from shared memory for each. Here they are operands in registers, the
-products into dv and dk run on beside what follows, and warps meet once a tile of 128 rows, of which 32 are worked on at a time. 64 keys a
-program and 125 registers let four programs share a multiprocessor (head size 64: 161, three). Rows beyond the last query are zeros with
-lse = delta = 0, which add nothing; keys beyond the last have sums that nobody reads.
+products into dv and dk run on beside what follows, and warps meet for copies of 128 rows, of which 32 are worked on at a time, at three
+barriers. 64 keys a program and 125 registers let four programs share a multiprocessor (head size 64: up to 168, three). Rows beyond the
+last query are zeros with lse = delta = 0, which add nothing; keys beyond the last have sums that nobody reads.
 Shapes and types as there, 16 bit, segments contiguous on both sides.
 """
 
@@ -27,7 +27,7 @@ def takes(q: Tensor, k: Tensor, do: Tensor, index: Tensor | None, long: bool) ->
 
     It copies 16 bytes at a time, to addresses of which q and do must be.
     """
-    if not (long and index is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
+    if not (long and index is None and q.is_cuda and torch.version.hip is None and q.dtype in (torch.bfloat16, torch.float16)):
         return False
     whole = q.shape[2] in (16, 32, 64) and ROUND.value % (q.shape[1] // k.shape[1]) == 0
     aligned = q.data_ptr() % 16 == 0 and do.data_ptr() % 16 == 0

@@ -62,14 +62,14 @@ def test_decoded_voxels(torus_latents):
 
 
 def test_specks_take_the_sign_around_them():
-    """In a block of 4^3 latents, of which one is missing: a ball of radius 6 voxels with a bubble in it, crumbs of 1, 27 and 28 voxels
-    and one beside the missing latent, where it might go on."""
+    """In a block of 4^3 latents, of which one is missing: a ball of radius 6 voxels with a bubble of 2 in it, crumbs of 1 and 4; what stays
+    are a crumb of 5 and one beside the missing latent, where it might go on."""
     latents = lattice(4)[torch.arange(64) != 63].int()
     at = (latents[:, None] * 8 + lattice(8)).flatten(0, 1)
     values = ((at - 9.0).norm(dim=1) - 6).clamp(-1, 1)
     box = lambda low, size: ((at >= torch.tensor(low)) & (at < torch.tensor(low) + torch.tensor(size))).all(1)  # noqa: E731
-    bubble, one, small = box((9, 9, 9), (1, 2, 1)), box((20, 3, 3), (1, 1, 1)), box((3, 20, 3), (3, 3, 3))
-    large, open_end = box((3, 3, 20), (7, 2, 2)), box((23, 26, 26), (1, 2, 1))
+    bubble, one, small = box((9, 9, 9), (1, 2, 1)), box((20, 3, 3), (1, 1, 1)), box((3, 20, 3), (2, 1, 2))
+    large, open_end = box((3, 3, 20), (5, 1, 1)), box((23, 26, 26), (1, 2, 1))
     values[bubble], values[one], values[small], values[large], values[open_end] = 0.3, 0.0, -0.4, -0.5, -0.2
     inside = (values <= 0).view(-1, 512)
     cleared, sign, count = without_specks(latents, values, inside, 32)
@@ -77,7 +77,6 @@ def test_specks_take_the_sign_around_them():
     assert count == 3 and torch.equal(cleared != values, changed) and torch.equal((sign ^ inside).flatten(), changed)
     assert (cleared[bubble] == -0.3).all() and (cleared[small] == 0.4).all() and cleared[one] > 0
     assert torch.equal(sign.flatten(), cleared <= 0)
-    assert without_specks(latents, values, None, 32) == (values, None, 0)
 
 
 def test_pruning_leaves_out_improbable_cells(torus_latents):

@@ -1,8 +1,8 @@
 """The correctness gate: no time is printed for a case that has not passed it.
 
-The reference here is written from the coordinates alone, for a few queries at a time, so that it reaches any T; gradients are
-compared with `impl="naive"` where T is small. Bound on an error: twice what the reference itself errs in the same precision,
-plus one rounding of the largest value.
+The reference here is written from the coordinates alone, for a few queries at a time, so that it reaches any T. All gradients are
+compared with `impl="naive"` where T is small, and at the size that is timed those of some queries and of some compression blocks.
+Bound on an error: twice what the reference itself errs in the same precision, plus one rounding of the largest value.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from .cases import GYROID_COUNTS, Case, Inputs, make_inputs
 from .voxels import gyroid
 
 QUERIES, CHUNK = 64, 8
+KEYS, KEY_CHUNK = 16, 512  # compression blocks whose gradients are checked; queries at a time, all of them
+MOST_TOKENS = 131_072  # of that check, which looks at every pair of a query and a block in fp64
 GRADIENT_TOKENS, GRADIENT_RESOLUTION = 480, 32  # 56 selection blocks, so that every topk leaves some out
 SCORE_MARGIN = 1e-5  # times G: what a chosen block may lie below one left out
 NEAR_TIES = 1e-3  # share of rows that may differ where two evaluations of the scores broke a tie differently
@@ -51,6 +53,26 @@ def check_forward(inputs: Inputs, topk_indices: Tensor, queries: int = QUERIES) 
     differing = float((own - frozen).abs().flatten(1).amax(1).gt(_bound(exact, low)).float().mean())
     if not differing <= NEAR_TIES:
         raise GateError(f"o with its own choice must equal o with that choice given: {differing:.2%} of the rows differ")
+
+
+def check_backward(inputs: Inputs, topk_indices: Tensor, queries: int = QUERIES, keys: int = KEYS) -> None:
+    """dq and dgates of random queries, dk_cmp and dv_cmp of random compression blocks, with the choice given; up to MOST_TOKENS tokens."""
+    T, C, device = inputs.partition.num_tokens, len(inputs.partition.compression), inputs.q.device
+    if T > MOST_TOKENS:
+        return
+    draw = torch.Generator().manual_seed(2)
+    rows, blocks = (torch.randperm(n, generator=draw)[:most].sort().values.to(device) for n, most in ((T, queries), (C, keys)))
+    dq, _, _, dk_cmp, dv_cmp, dgates = torch.autograd.grad(inputs.attend(topk_indices), inputs.leaves, inputs.do)
+    ours = (dq[rows], dgates[rows], dk_cmp[blocks], dv_cmp[blocks])
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        of_rows = [query_gradients(inputs, part, topk_indices, dtype) for part in rows.split(CHUNK)]
+        return *(torch.cat(x) for x in zip(*of_rows, strict=True)), *block_gradients(inputs, blocks, dtype)
+
+    for name, got, low, exact in zip(
+        ("dq", "dgates", "dk_cmp", "dv_cmp"), ours, gradients(inputs.q.dtype), gradients(torch.float64), strict=True
+    ):
+        check_close(name, got, exact, low)
 
 
 @lru_cache(maxsize=16)
@@ -111,9 +133,40 @@ def block_scores(inputs: Inputs, rows: Tensor) -> Tensor:
 
 def reference(inputs: Inputs, rows: Tensor, topk_indices: Tensor, dtype: torch.dtype) -> Tensor:
     """o [n, Hq, D] of the queries `rows` in `dtype`: three softmaxes over explicit masks, gated and summed."""
-    partition, m = inputs.partition, inputs.partition.window.size
     q, gates = (x.detach()[rows].to(dtype) for x in (inputs.q, inputs.gates))
-    k, v, k_cmp, v_cmp = (x.detach().to(dtype) for x in (inputs.k, inputs.v, inputs.k_cmp, inputs.v_cmp))
+    return _attend_rows(inputs, rows, topk_indices, q, gates)
+
+
+def query_gradients(inputs: Inputs, rows: Tensor, topk_indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dq [n, Hq, D] and dgates [n, 3] of the queries `rows`: those of `reference`."""
+    leaves = tuple(x.detach()[rows].to(dtype).requires_grad_() for x in (inputs.q, inputs.gates))
+    with torch.enable_grad():
+        o = _attend_rows(inputs, rows, topk_indices, *leaves)
+    dq, dgates = torch.autograd.grad(o, leaves, inputs.do[rows].to(dtype))
+    return dq, dgates
+
+
+def block_gradients(inputs: Inputs, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dk_cmp and dv_cmp [n, Hkv, D] of compression blocks: every query's p and ds = p (do v − Σ_j p_j do v_j), summed in fp32 or fp64."""
+    Hkv, D = inputs.k_cmp.shape[1:]
+    k, v = (x.detach().to(dtype) for x in (inputs.k_cmp, inputs.v_cmp))
+    dk, dv = torch.zeros(2, len(blocks), Hkv, D, device=k.device, dtype=torch.promote_types(dtype, torch.float32))
+    for rows in torch.arange(inputs.partition.num_tokens, device=k.device).split(KEY_CHUNK):
+        q, do, gates = (x.detach()[rows].to(dtype) for x in (inputs.q, inputs.do, inputs.gates))
+        q, do = (x.view(len(rows), Hkv, -1, D) for x in (q, do * gates[:, :1, None]))
+        p = _softmax(q.flatten(1, 2), k, _same_sample(inputs.partition, rows)[:, None])
+        delta = (torch.einsum("nhgk,khd->nhgd", p, v) * do).sum(3, keepdim=True)
+        p = p[..., blocks]
+        ds = p * (torch.einsum("nhgd,khd->nhgk", do, v[blocks]) - delta) * D**-0.5
+        dk += torch.einsum("nhgk,nhgd->khd", ds, q)
+        dv += torch.einsum("nhgk,nhgd->khd", p, do)
+    return dk.to(dtype), dv.to(dtype)
+
+
+def _attend_rows(inputs: Inputs, rows: Tensor, topk_indices: Tensor, q: Tensor, gates: Tensor) -> Tensor:
+    """`reference` of q [n, Hq, D] and gates [n, 3] at `rows`."""
+    partition, m = inputs.partition, inputs.partition.window.size
+    k, v, k_cmp, v_cmp = (x.detach().to(q.dtype) for x in (inputs.k, inputs.v, inputs.k_cmp, inputs.v_cmp))
     windows = torch.cat([partition.coords[:, :1], (partition.coords[:, 1:] + partition.window_shift).div(m, rounding_mode="floor")], 1)
     same_window = (windows == windows[rows][:, None]).all(2)
     fill = partition.selection.offsets.diff().long()

@@ -33,7 +33,7 @@ from .cases import (
     ssa_work,
     useful_flops,
 )
-from .gate import check_counts, check_dense, check_forward, check_gradients
+from .gate import check_backward, check_counts, check_dense, check_forward, check_gradients
 from .rows import ResultFile, Row
 from .timing import Calls, Timing, environment, measure, reason_of, short_name, synchronize, three_calls
 from .voxels import gyroid
@@ -114,6 +114,7 @@ def prepare_ssa(case: Case, device: torch.device, options: argparse.Namespace) -
     check_gradients(case.head_dim, case.blocks, device, options.dtype)
     topk_indices = inputs.choose()
     check_forward(inputs, topk_indices)
+    check_backward(inputs, topk_indices)
     pairs = count_pairs(inputs.partition, topk_indices, case.num_heads)
     columns: dict[str, object] = {
         "C": len(inputs.partition.compression),

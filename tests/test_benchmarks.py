@@ -138,6 +138,7 @@ def test_the_plan_is_the_published_one(monkeypatch):
 def test_gate_passes_the_operator():
     inputs = small_inputs()
     gate.check_forward(inputs, inputs.choose())
+    gate.check_backward(inputs, inputs.choose())
     gate.check_gradients.__wrapped__(16, (4, 8, 4), CPU, torch.float32)
 
 
@@ -183,6 +184,29 @@ def test_gate_rejects_a_wrong_gradient(monkeypatch):
     monkeypatch.setattr(ssa, "spatial_sparse_attention", wrong)
     with pytest.raises(gate.GateError, match="dk must be within"):
         gate.check_gradients.__wrapped__(16, (4, 8, 4), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, "dq"), (3, "dk_cmp"), (4, "dv_cmp"), (5, "dgates")])
+def test_gate_rejects_a_wrong_gradient_at_the_timed_size(monkeypatch, place, name):
+    right = ssa.spatial_sparse_attention
+
+    def wrong(*inputs, **options):
+        return right(*(x + 0.01 * (x - x.detach()) if i == place else x for i, x in enumerate(inputs)), **options)
+
+    inputs = small_inputs()
+    topk_indices = inputs.choose()
+    monkeypatch.setattr(ssa, "spatial_sparse_attention", wrong)
+    with pytest.raises(gate.GateError, match=f"{name} must be within"):
+        gate.check_backward(inputs, topk_indices)
+
+
+def test_gate_sums_the_gradients_of_blocks_in_pieces(monkeypatch):
+    inputs = small_inputs()
+    blocks = torch.arange(5)
+    whole = gate.block_gradients(inputs, blocks, torch.float64)
+    monkeypatch.setattr(gate, "KEY_CHUNK", 7)
+    for a, b in zip(gate.block_gradients(inputs, blocks, torch.float64), whole, strict=True):
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
 
 
 def test_gate_checks_the_voxels():

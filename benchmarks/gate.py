@@ -1,7 +1,7 @@
 """The correctness gate: no time is printed for a case that has not passed it.
 
 The reference here is written from the coordinates alone, for a few queries at a time, so that it reaches any T. All gradients are
-compared with `impl="naive"` where T is small, and at the size that is timed those of some queries and of some compression blocks.
+compared with `impl="naive"` where T is small, and up to 131,072 tokens also those of some queries and compression blocks of the case.
 Bound on an error: twice what the reference itself errs in the same precision, plus one rounding of the largest value.
 """
 
@@ -55,13 +55,13 @@ def check_forward(inputs: Inputs, topk_indices: Tensor, queries: int = QUERIES) 
         raise GateError(f"o with its own choice must equal o with that choice given: {differing:.2%} of the rows differ")
 
 
-def check_backward(inputs: Inputs, topk_indices: Tensor, queries: int = QUERIES, keys: int = KEYS) -> None:
+def check_backward(inputs: Inputs, topk_indices: Tensor) -> None:
     """dq and dgates of random queries, dk_cmp and dv_cmp of random compression blocks, with the choice given; up to MOST_TOKENS tokens."""
     T, C, device = inputs.partition.num_tokens, len(inputs.partition.compression), inputs.q.device
     if T > MOST_TOKENS:
         return
     draw = torch.Generator().manual_seed(2)
-    rows, blocks = (torch.randperm(n, generator=draw)[:most].sort().values.to(device) for n, most in ((T, queries), (C, keys)))
+    rows, blocks = (torch.randperm(n, generator=draw)[:most].sort().values.to(device) for n, most in ((T, QUERIES), (C, KEYS)))
     dq, _, _, dk_cmp, dv_cmp, dgates = torch.autograd.grad(inputs.attend(topk_indices), inputs.leaves, inputs.do)
     ours = (dq[rows], dgates[rows], dk_cmp[blocks], dv_cmp[blocks])
 
@@ -140,8 +140,7 @@ def reference(inputs: Inputs, rows: Tensor, topk_indices: Tensor, dtype: torch.d
 def query_gradients(inputs: Inputs, rows: Tensor, topk_indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """dq [n, Hq, D] and dgates [n, 3] of the queries `rows`: those of `reference`."""
     leaves = tuple(x.detach()[rows].to(dtype).requires_grad_() for x in (inputs.q, inputs.gates))
-    with torch.enable_grad():
-        o = _attend_rows(inputs, rows, topk_indices, *leaves)
+    o = _attend_rows(inputs, rows, topk_indices, *leaves)
     dq, dgates = torch.autograd.grad(o, leaves, inputs.do[rows].to(dtype))
     return dq, dgates
 

@@ -5,10 +5,10 @@ import numpy as np
 from reference_model.cli import optional_import
 from reference_model.volume import CELL
 
-MOST = 27  # voxels: three across
+_MOST = 27  # voxels: three across
 
 
-def find_specks(latents: np.ndarray, inside: np.ndarray, resolution: int, most: int = MOST) -> tuple[np.ndarray, int]:
+def find_specks(latents: np.ndarray, inside: np.ndarray, resolution: int, most: int = _MOST) -> tuple[np.ndarray, int]:
     """Voxels of pieces, joined through faces of voxels, that have at most `most`: [L,512] bool, and the number of pieces.
 
     latents [L,3] lexicographic, inside [L,512] bool. What meets a cell that is no latent goes on there and is no speck.

@@ -44,8 +44,8 @@ def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device 
     moved = batch.to(device, non_blocking)
     if not indices:
         return moved
-    chosen = torch.tensor(indices)
-    motion, tables = (x[chosen].to(device) for x in (symmetries(), _source_children()))
+    chosen = torch.tensor(indices).to(device)
+    motion, tables = (x[chosen] for x in _tables(chosen.device))
     sample = moved.latents[:, 0].long()
     axes, signs = motion.abs().argmax(2)[sample], motion.sum(2)[sample]
     at = moved.latents[:, 1:].gather(1, axes)
@@ -74,14 +74,15 @@ def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device 
     )  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def _source_children() -> Tensor:
-    """[48,512] int64: which child of a cell lies at each child's place after a motion."""
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # tables first asked for in inference must serve training too
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """`symmetries()` and [48,512] int64: which child of a cell lies at each child's place after a motion."""
     moved = []
     for matrix in symmetries():
         axes, flipped = matrix.abs().argmax(1).tolist(), [a for a in range(3) if matrix[a].sum() < 0]
         moved.append(torch.arange(CELL**3).view(CELL, CELL, CELL).permute(axes).flip(flipped).flatten())
-    return torch.stack(moved)
+    return symmetries().to(device), torch.stack(moved).to(device)
 
 
 def _find(matrix: Tensor) -> int:

@@ -66,6 +66,8 @@ def test_long_segment_over_many_query_tiles(dtype):
 
 
 if DEVICE.type == "cuda":
+    from ssa.kernels import varlen_attention as kernels
+    from ssa.kernels import varlen_attention_hopper as hopper
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_queries_split_for_the_key_gradients(dtype):
@@ -79,9 +81,6 @@ if DEVICE.type == "cuda":
     def test_long_segments_of_all_forms(head_dim, group, shares, dtype, monkeypatch):
         """More than 512 keys a segment on average, some of few, some of none, over queries that fill no tile; in 16 bit on sm_90 the kernel
         of varlen_attention_hopper, but for head sizes and groups that do not fill its tiles. The shares that hold no query add nothing."""
-        from ssa.kernels import varlen_attention as kernels
-        from ssa.kernels import varlen_attention_hopper as hopper
-
         monkeypatch.setattr(kernels, "_splits", lambda *_: shares)
         fn, reference, inputs = problem([301, 0, 3, 500], [900, 40, 0, 1301], hq=2 * group, d=head_dim, dtype=dtype)
         if torch.cuda.get_device_capability() == (9, 0):
@@ -92,8 +91,6 @@ if DEVICE.type == "cuda":
 
     def test_rows_at_odd_addresses():
         """No kernel may copy 16 bytes at a time from there."""
-        from ssa.kernels import varlen_attention as kernels
-
         q, k, v, do = (draw(n, h, 32, dtype=torch.bfloat16, seed=n + h) for n, h in ((90, 4), (600, 2), (600, 2), (90, 4)))
         offsets = cu(90), cu(600)
         o, lse = kernels.varlen_attention_forward(q, k, v, *offsets, None, 0.2)

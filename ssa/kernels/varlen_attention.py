@@ -200,8 +200,8 @@ def varlen_attention_backward(
     sizes, long = _sizes(q, k, index), _long(k, cu_k)
     dq = torch.empty_like(q) if out[0] is None else out[0]
     config, config_k = configs[0] or _config("dq", d, q.dtype, long), configs[1] or _config("dkv", d, q.dtype, long)
-    on_hopper = configs[1] is None and out[1:] == (None, None) and hopper.takes(q, k, do, index, long)
-    block_n = hopper.BLOCK_N if on_hopper else config_k["BLOCK_N"]
+    on_hopper = configs[1] is None and out[1] is None and out[2] is None and hopper.takes(q, k, do, index, long)
+    block_n = hopper.BLOCK_N.value if on_hopper else config_k["BLOCK_N"]
     tiles, tiles_k = tile_maps((cu_q, t, config["BLOCK_M"] * hkv // hq), (cu_k, n, block_n))
     if t:
         grid = (tiles.shape[2] * hkv,)
@@ -224,9 +224,8 @@ def launch_dkv_hopper(
     if n:
         parts = _parts(dk, dv, splits)
         hopper._dkv_kernel[(tiles.shape[2] * hkv * splits,)](
-            q, k, v, do, stats, *parts, cu_q, tiles, tiles.shape[2], n, scale, SPLITS=splits, HQ=hq, HKV=hkv, D=d, STEP=hopper.STEP,
-            BLOCK_N=hopper.BLOCK_N, **hopper.config(d),
-        )  # fmt: skip
+            q, k, v, do, stats, *parts, cu_q, tiles, tiles.shape[2], n, scale, SPLITS=splits, HQ=hq, HKV=hkv, D=d, **hopper.config(d)
+        )
         _add_parts(parts, dk, dv, splits, False)
     return dk, dv
 

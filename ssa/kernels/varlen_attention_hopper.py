@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .launch import launcher
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of Triton before 3.7
-BLOCK_N = 64  # keys a program
-STEP = 32  # rows worked on at a time
+BLOCK_N = gl.constexpr(64)  # keys a program
 ROUND = gl.constexpr(128)  # rows copied at a time
+STEP = gl.constexpr(32)  # rows worked on at a time
 
 
 def takes(q: Tensor, k: Tensor, do: Tensor, index: Tensor | None, long: bool) -> bool:
@@ -59,7 +59,7 @@ def _copy_round(q_smem, do_smem, stats_smem, q_ptr, do_ptr, stats_ptr, start, en
 @gluon.jit(do_not_specialize=["num_keys", "num_tiles"])
 def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, cu_q_ptr, tiles_ptr, num_tiles, num_keys, scale, SPLITS: gl.constexpr,
-    HQ: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, STEP: gl.constexpr, BLOCK_N: gl.constexpr,
+    HQ: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     G: gl.constexpr = HQ // HKV
     BLOCK_Q: gl.constexpr = ROUND // G

@@ -125,7 +125,7 @@ class Lift(nn.Module):
     """The finest level of the encoder: Linear 1 → C of each value, then norm, SiLU and pooling of the first block.
 
     Every channel is an affine function of one number, so its norm needs only mean and variance of the values, and rows are made, pooled and
-    dropped piece by piece: [N,C] of tens of millions of voxels never exists.
+    dropped piece by piece: [N,C] of tens of millions of voxels never exists. A piece holds rows of many small samples or of one.
     """
 
     def __init__(self, channels: int):
@@ -136,16 +136,15 @@ class Lift(nn.Module):
         """What `block.convolve` takes, a row for each cell of 2^3 voxels."""
         weight, bias = self.linear.weight[:, 0].float(), self.linear.bias.float()
         mean, variance = plan.moments[:, :, None].unbind(1)
-        scales, shifts = block.norm1.affine(weight * mean + bias, weight.square() * variance)
+        affine = torch.cat(block.norm1.affine(weight * mean + bias, weight.square() * variance), 1)  # [B,2C]
 
-        def reduce(t: Tensor, mask: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        def reduce(t: Tensor, mask: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+            scale, shift = F.embedding(sample, affine).chunk(2, 1)
             active, raw = self.rows(t, mask, weight, bias, scale, shift)
             return block.reduce(active, raw, mask)
 
-        pieces = []
-        for t, mask, scale, shift in zip(plan.values.split(plan.cells), plan.active.split(plan.cells), scales, shifts, strict=True):
-            for rows, rows_mask in zip(t.split(_ROWS), mask.split(_ROWS), strict=True):
-                pieces.append(checkpoint(reduce, rows, rows_mask, scale, shift, use_reentrant=False))
+        split = (x.split(_ROWS) for x in (plan.values, plan.active, plan.samples))
+        pieces = [checkpoint(reduce, *rows, use_reentrant=False) for rows in zip(*split, strict=True)]
         h, skip = zip(*pieces, strict=True)
         return torch.cat(h), torch.cat(skip)
 
@@ -154,11 +153,11 @@ class LiftRows(nn.Module):
     """C channels of each child of some cells, after norm and SiLU, and before. Worth compiling on a GPU: it is all bytes."""
 
     def forward(self, t: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """t, mask [r,8], the others [C] float32 → two [r,8,C], 0 where not mask, in autocast's dtype."""
+        """t, mask [r,8], weight, bias [C], scale, shift [r,C], float32 → two [r,8,C], 0 where not mask, in autocast's dtype."""
         device = t.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
         raw = t[..., None] * weight + bias
-        return (F.silu(raw * scale + shift) * mask[..., None]).to(dtype), (raw * mask[..., None]).to(dtype)
+        return (F.silu(raw * scale[:, None] + shift[:, None]) * mask[..., None]).to(dtype), (raw * mask[..., None]).to(dtype)
 
 
 class UpBlock(nn.Module):

@@ -36,15 +36,15 @@ class EncoderPlan:
 
     values: Tensor  # [n4,8] float32: values of the children of each cell of 2^3 voxels, 0 where there is none
     active: Tensor  # [n4,8] bool
+    samples: Tensor  # [n4] int32: the sample of each cell
     levels: tuple[Level, ...]  # edges 4, 2, 1
     children: tuple[Children, ...]  # levels[0] under levels[1], levels[1] under levels[2]
     moments: Tensor  # [B,2] float32: mean and variance of each sample's values
-    cells: list[int]  # rows of each sample of levels[0]
     cu_seqlens: tuple[Tensor, ...]  # [B+1] int32, bounds of the samples among the rows of each level
 
     @classmethod
     def build(cls, batch: VolumeBatch) -> EncoderPlan:
-        """One host synchronisation for the cells, one for each level's rows."""
+        """One host synchronisation for each level's rows."""
         latents, device = batch.latents, batch.latents.device
         place = batch.latent_index.long() * CELL**3 + slots_of_children(device)[child_index(batch.coords[:, 1:])]
         values = torch.zeros(len(latents) * CELL**3, device=device)
@@ -65,7 +65,7 @@ class EncoderPlan:
             children.append(Children(ssa.Blocks(2, offsets.int(), cu.int(), coarse.coords), coarse.places_of_children(fine)))
         rows = levels[0].places
         return cls(
-            values.view(-1, 8)[rows], active.view(-1, 8)[rows], levels, tuple(children), _moments(batch), bounds[1].diff().tolist(),
+            values.view(-1, 8)[rows], active.view(-1, 8)[rows], latents[rows // EDGES[0] ** 3, 0], levels, tuple(children), _moments(batch),
             tuple(bounds[1:].int().unbind()),
         )  # fmt: skip
 

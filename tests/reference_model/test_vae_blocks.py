@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from vae_inputs import random_latents, random_level, small_batch, stirred
 
 import ssa
+from reference_model import vae_blocks
 from reference_model.vae_blocks import (
     AttentionBlock,
     Lift,
@@ -83,11 +84,13 @@ def slots_below(coords):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_lift_and_first_block(pooling):
-    """Linear 1→C, then the pooling of the block: with all rows of all channels, as the paper has it."""
+def test_lift_and_first_block(pooling, monkeypatch):
+    """Linear 1→C, then the pooling of the block: with all rows of all channels, as the paper has it; pieces hold parts of two samples."""
     batch = small_batch()
+    monkeypatch.setattr(vae_blocks, "_ROWS", 50)
     lift, block = stirred(Lift(6)), stirred(down_block(6, 10, pooling), seed=1)
     plan = EncoderPlan.build(batch)
+    assert all(len(samples) > 50 and len(samples) % 50 for samples in plan.values.split(plan.cu_seqlens[0].diff().tolist()))
     got = lift(plan, block)
     level, parent = plain_parents(batch, 4)
     x = lift.linear(batch.values[:, None])

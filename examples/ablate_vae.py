@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "occupancy head, pruned at 1/2": (["vae.occupancy=true"], ["prune=0.5"]),
     "trained at 256 and 512": (["resolutions=[256,512]"], []),
     "a hundredth of the KL": (["vae.lambda_kl=1e-5"], []),
+    "smooth L1 errors": (["vae.error=smooth_l1"], []),
     "AdamW (paper)": (["trainer.optimizer=adamw", "trainer.lr=1e-3"], []),
 }
 BASE = [

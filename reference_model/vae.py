@@ -20,7 +20,7 @@ from reference_model.vae_decoder import HALO, Decoder
 from reference_model.vae_encoder import Encoder, EncoderPlan
 from reference_model.vae_flops import forward_flops
 from reference_model.vae_grid import check_latents, children_of_slots
-from reference_model.vae_loss import Targets, kl_divergence, make_targets, occupancy_loss, reconstruction_terms
+from reference_model.vae_loss import STEEPNESS, Targets, kl_divergence, make_targets, occupancy_loss, reconstruction_terms
 from reference_model.vae_patch import COEFFICIENTS, fit_patches
 from reference_model.volume import CELL
 
@@ -29,6 +29,7 @@ CHOICES = {
     "head": ("polynomial", "clamp", "tanh"),
     "pooling": ("mean", "subpixel", "released"),
     "ext_target": ("sign", "released"),
+    "error": tuple(STEEPNESS),
 }
 
 
@@ -47,6 +48,7 @@ class VAEConfig:
     head: str = "polynomial"  # the network corrects that of each cell; or "clamp", "tanh" (released): the network alone
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
+    error: str = "squared"  # of a value; or "smooth_l1", which counts what is almost right for more: `vae_loss`
     occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning
     conv_backend: str | None = None  # "torch", "triton", "spconv"; None: triton on CUDA, torch elsewhere
     lambda_in: float = 1.0
@@ -147,7 +149,7 @@ class SparseVAE(nn.Module):
             predicted, logits = self.decoder.upsample(h[rows], z[rows], latents[rows], grid)
             predicted, logits = predicted[core], {edge: logit[core] for edge, logit in logits.items()}
             targets = targets.rows(rows[core])
-        terms = reconstruction_terms(predicted, targets)
+        terms = reconstruction_terms(predicted, targets, c.error)
         terms["kl"] = kl_divergence(posterior.mean, posterior.logvar)
         weights = {"in": c.lambda_in, "ext": c.lambda_ext, "sharp": c.lambda_sharp, "kl": c.lambda_kl}
         if c.occupancy:

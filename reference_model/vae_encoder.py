@@ -21,6 +21,7 @@ from reference_model.dataset import VolumeBatch
 from reference_model.vae_blocks import AttentionBlock, Children, Lift, down_block, position_code
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 from reference_model.vae_layers import unit_linear
+from reference_model.vae_loss import STEEPNESS
 from reference_model.volume import CELL, child_index
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class EncoderPlan:
             offsets = F.pad((count if coarse.places is None else count[coarse.places]).cumsum(0), (1, 0))
             children.append(Children(ssa.Blocks(2, offsets.int(), cu.int(), coarse.coords), coarse.places_of_children(fine)))
         rows = levels[0].places
+        assert rows is not None
         return cls(
             values.view(-1, 8)[rows], active.view(-1, 8)[rows], latents[rows // EDGES[0] ** 3, 0], levels, tuple(children), _moments(batch),
             tuple(bounds[1:].int().unbind()),
@@ -94,7 +96,7 @@ class Encoder(nn.Module):
             self.moments.bias[config.latent_channels :] = -4
             if config.head == "polynomial":  # at first the coefficients are the latents, their variance what suits the weight of the KL
                 self.moments.weight.zero_()
-                self.moments.bias[config.latent_channels :] = -9 + math.log(max(config.lambda_kl, 1e-9) / 1e-3)
+                self.moments.bias[config.latent_channels :] = -9 + math.log(max(config.lambda_kl, 1e-9) / 1e-3 / STEEPNESS[config.error])
 
     def forward(
         self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float, patch: Tensor | None = None

@@ -48,19 +48,25 @@ def test_a_batch_is_its_samples(form):
 
 
 def test_first_variance_follows_the_weight_of_the_kl():
-    """The noise of z costs in proportion to its variance, the KL gains its logarithm: the best variance is in proportion to the weight."""
+    """The noise of z costs in proportion to its variance, the KL gains its logarithm: the best variance is in proportion to the weight.
+
+    A small error costs 25 times as much in smooth L1.
+    """
     fresh = {weight: SparseVAE(VAEConfig(**TINY, head="polynomial", lambda_kl=weight)) for weight in (1e-3, 1e-5, 0.0)}
     first = {weight: model.encode(small_batch()).logvar.unique() for weight, model in fresh.items()}
     assert first[1e-3].tolist() == [-9] and first[1e-5].item() == pytest.approx(-13.605, abs=1e-3) and -30 < first[0.0].item() < -20
+    steep = SparseVAE(VAEConfig(**TINY, head="polynomial", error="smooth_l1")).encode(small_batch()).logvar.unique()
+    assert steep.item() == pytest.approx(-12.219, abs=1e-3)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, dict(error="smooth_l1")])
 def test_loss_is_the_sum_of_its_terms(form):
     model, batch = tiny_model(**form), small_batch()
     terms = model.loss(batch, seeded(1))
     posterior = model.encode(batch)
     predicted = model.values(posterior.sample(seeded(1)), batch.latents, 256)
-    plain = reconstruction_terms(predicted, make_targets(batch)) | {"kl": kl_divergence(posterior.mean, posterior.logvar)}
+    plain = reconstruction_terms(predicted, make_targets(batch), model.config.error)
+    plain |= {"kl": kl_divergence(posterior.mean, posterior.logvar)}
     assert set(terms) == {*TERMS, "total"}
     for name in TERMS:
         assert terms[name].item() == pytest.approx(plain[name].item(), rel=1e-4), name

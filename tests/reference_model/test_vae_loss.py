@@ -20,9 +20,19 @@ def voxels(batch):
     return found
 
 
-def test_terms_by_hand():
+def squared(e):
+    return e**2
+
+
+def smooth_l1(e):
+    return abs(e) - 0.01 if abs(e) > 0.02 else e**2 / 0.04
+
+
+@pytest.mark.parametrize("form", [squared, smooth_l1])
+def test_terms_by_hand(form):
     batch = small_batch()
     predicted = torch.rand(len(batch.latents), 512, generator=torch.Generator().manual_seed(0)) * 6 - 3
+    predicted[:, ::2] = make_targets(batch).values[:, ::2] + predicted[:, ::2] * 0.01  # some errors are small
     band = voxels(batch)
     errors: dict[str, list[float]] = {"in": [], "ext": [], "sharp": []}
     inside = batch.inside.tolist()
@@ -30,14 +40,14 @@ def test_terms_by_hand():
         for child, value in enumerate(line):
             if (row, child) in band:
                 t, sharp = band[(row, child)]
-                errors["in"].append((value - t) ** 2)
+                errors["in"].append(form(value - t))
                 if sharp:
-                    errors["sharp"].append((value - t) ** 2)
+                    errors["sharp"].append(form(value - t))
             else:
                 side = -1.0 if inside[row][child] else 1.0
-                errors["ext"].append(max(1.0 - side * value, 0.0) ** 2)
+                errors["ext"].append(form(max(1.0 - side * value, 0.0)))
     assert all(errors.values()) and any(inside[r][c] for r in range(len(inside)) for c in range(512) if (r, c) not in band)
-    got = reconstruction_terms(predicted, make_targets(batch))
+    got = reconstruction_terms(predicted, make_targets(batch), form.__name__)
     for name, values in errors.items():
         assert got[name].item() == pytest.approx(math.fsum(values) / len(values), rel=1e-5), name
         assert got[name].dtype == torch.float32 and got[name].shape == ()

@@ -8,6 +8,7 @@ from utils import CUDA, draw, draw_qkv, largest, random_coords, random_partition
 
 import ssa
 from ssa import naive
+from ssa.kernels.replay import ENOUGH
 from ssa.partition import neighbor_table
 
 if CUDA:
@@ -23,17 +24,19 @@ if CUDA:
         yield
         torch.cuda.set_sync_debug_mode("default")
 
-    @pytest.fixture
-    def problem():
-        """Compiled and warm before any test forbids synchronising."""
-        partition = random_partition([300, 0, 55], shift=2, edge=12)
+    @pytest.fixture(params=[([300, 0, 55], 12), ([2500, 0, 1500], 30)], ids=["short", "long"])
+    def problem(request):
+        """Compiled, warm and often enough called to be replayed, before any test forbids synchronising."""
+        counts, edge = request.param
+        partition = random_partition(counts, shift=2, edge=edge)
         leaves = leaves_of(partition, 8, 2, 32, torch.bfloat16)
 
         def step():
             o = ssa.spatial_sparse_attention(*leaves, partition, topk=4)
             return o, *torch.autograd.grad(o, leaves, torch.ones_like(o))
 
-        step()
+        for _ in range(ENOUGH + 1):
+            step()
         return leaves, step
 
     def test_forward_and_backward_never_synchronise(problem, no_sync):

@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "trained at 256 and 512": (["resolutions=[256,512]"], []),
     "a hundredth of the KL": (["vae.lambda_kl=1e-5"], []),
     "smooth L1 errors": (["vae.error=smooth_l1"], []),
+    "smooth L1, focus 0.5": (["vae.error=smooth_l1", "vae.focus=0.5"], []),
     "AdamW (paper)": (["trainer.optimizer=adamw", "trainer.lr=1e-3"], []),
 }
 BASE = [

@@ -49,6 +49,7 @@ class VAEConfig:
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     error: str = "squared"  # of a value; or "smooth_l1", which counts what is almost right for more: `vae_loss`
+    focus: float | None = None  # |t| of voxels that count half as much as those at the surface, in losses and polynomials; None: all alike
     occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning
     conv_backend: str | None = None  # "torch", "triton", "spconv"; None: triton on CUDA, torch elsewhere
     lambda_in: float = 1.0
@@ -67,6 +68,8 @@ class VAEConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.focus is not None and self.focus <= 0:
+            raise ValueError(f"focus must be positive, or None, got {self.focus}")
         if self.head == "polynomial" and self.latent_channels != COEFFICIENTS:
             raise ValueError(f"head polynomial needs {COEFFICIENTS} latent channels, got {self.latent_channels=}")
         if self.head == "polynomial" and self.ext_target == "released":
@@ -110,7 +113,7 @@ class SparseVAE(nn.Module):
 
     def encode(self, batch: VolumeBatch) -> Posterior:
         """Posterior of each latent, rows as batch.latents."""
-        return self._encode(batch, self.partitions(batch.latents), make_targets(batch))
+        return self._encode(batch, self.partitions(batch.latents), make_targets(batch, focus=self.config.focus))
 
     def decode(self, z: Tensor, latents: Tensor, resolution: int) -> Tensor:
         """Values [L,512] float32 in [-1, 1] of the children (dx*8+dy)*8+dz of each latent.
@@ -136,7 +139,7 @@ class SparseVAE(nn.Module):
         """
         c, grid = self.config, batch.resolution // CELL
         partitions = self.partitions(batch.latents)
-        targets, latents = make_targets(batch, c.ext_target), batch.latents
+        targets, latents = make_targets(batch, c.ext_target, c.focus), batch.latents
         posterior = self._encode(batch, partitions, targets)
         z = posterior.sample(generator)
         h = self.decoder.attend(z, batch.latents, partitions, _factor(batch.resolution))

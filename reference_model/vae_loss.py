@@ -5,7 +5,8 @@
 in: band voxels; ext: the other children of active latents, t = ±1 by the true sign; sharp: band voxels near a marked edge. Each mean runs
 over its own set in the whole batch and is 0 for an empty set; where t = ±1, a value beyond it is no error. The paper names no reduction
 of KL: here the mean over latent elements. Squares are mostly those of the few cells that 16 numbers cannot hold; f "smooth_l1" grows with
-|e| beyond BETA (Girshick, arXiv 1504.08083, Eq. 3), so that the many others count.
+|e| beyond BETA (Girshick, arXiv 1504.08083, Eq. 3), so that the many others count. Marching cubes reads the voxels next to the surface
+alone: with a focus, a voxel counts 1 / (1 + (t / focus)^2) in the mean of its set.
 """
 
 from dataclasses import dataclass
@@ -28,20 +29,24 @@ class Targets:
     values: Tensor  # [L,512] float32, t of band voxels, ±1 elsewhere
     band: Tensor  # [L,512] bool
     sharp: Tensor  # [L,512] bool, within the band
+    weights: Tensor  # [L,512] float32, of a child in the mean of its set
 
     def rows(self, index: Tensor) -> "Targets":
-        return Targets(self.values[index], self.band[index], self.sharp[index])
+        return Targets(self.values[index], self.band[index], self.sharp[index], self.weights[index])
 
 
-def make_targets(batch: VolumeBatch, ext_target: str = "sign") -> Targets:
-    """Targets at all latents of a batch; values are clamped to [-1, 1]. ext_target "released": +1 outside the band, inside or not."""
+def make_targets(batch: VolumeBatch, ext_target: str = "sign", focus: float | None = None) -> Targets:
+    """Targets at all latents of a batch; values are clamped to [-1, 1]. ext_target "released": +1 outside the band, inside or not.
+
+    focus: the |t| of children that count half as much as those at the surface; None: all count alike.
+    """
     place = batch.latent_index.long() * CELL**3 + child_index(batch.coords[:, 1:])
     values = torch.where(batch.inside & (ext_target == "sign"), -1.0, 1.0)
     band, sharp = torch.zeros_like(batch.inside), torch.zeros_like(batch.inside)
     values.view(-1)[place] = batch.values.clamp(-1, 1)
     band.view(-1)[place] = True
     sharp.view(-1)[place] = batch.sharp
-    return Targets(values, band, sharp)
+    return Targets(values, band, sharp, values.new_ones(()).expand_as(values) if focus is None else 1 / (1 + (values / focus).square()))
 
 
 def reconstruction_terms(predicted: Tensor, targets: Targets, error: str = "squared") -> dict[str, Tensor]:
@@ -55,9 +60,10 @@ def reconstruction_terms(predicted: Tensor, targets: Targets, error: str = "squa
         errors = (predicted - targets.values).square()
     else:
         errors = F.smooth_l1_loss(predicted, targets.values, reduction="none", beta=BETA)
-    errors = errors.masked_fill(beyond, 0)
+    errors = errors.masked_fill(beyond, 0) * targets.weights
     sets = {"in": targets.band, "ext": ~targets.band, "sharp": targets.sharp}
-    return {name: torch.where(chosen, errors, 0).sum() / chosen.sum().clamp(min=1) for name, chosen in sets.items()}
+    sums = {name: [torch.where(chosen, x, 0).sum() for x in (errors, targets.weights)] for name, chosen in sets.items()}
+    return {name: error / weight.clamp(min=1e-9) for name, (error, weight) in sums.items()}
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

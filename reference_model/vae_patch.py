@@ -49,8 +49,8 @@ def fit_patches(targets: Targets) -> Tensor:
     basis = patch_basis(targets.values.device)
     squares = (basis[:, :, None] * basis[:, None]).flatten(1)
     with torch.autocast(basis.device.type, enabled=False):
-        band = targets.band.float()
-        share = band / band.sum(1, keepdim=True).clamp(min=1)
+        band = targets.band * targets.weights
+        share = band / band.sum(1, keepdim=True).clamp(min=1e-9)
         first = _solve(share, targets.values, basis, squares)
         near = ~targets.band & (first @ basis.T * targets.values < 1)
         wanted = torch.where(targets.band, targets.values, _OUTER_VALUE * targets.values)

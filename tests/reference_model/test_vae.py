@@ -59,13 +59,13 @@ def test_first_variance_follows_the_weight_of_the_kl():
     assert steep.item() == pytest.approx(-12.219, abs=1e-3)
 
 
-@pytest.mark.parametrize("form", [*FORMS, dict(error="smooth_l1")])
+@pytest.mark.parametrize("form", [*FORMS, dict(error="smooth_l1", focus=0.5)])
 def test_loss_is_the_sum_of_its_terms(form):
     model, batch = tiny_model(**form), small_batch()
     terms = model.loss(batch, seeded(1))
     posterior = model.encode(batch)
     predicted = model.values(posterior.sample(seeded(1)), batch.latents, 256)
-    plain = reconstruction_terms(predicted, make_targets(batch), model.config.error)
+    plain = reconstruction_terms(predicted, make_targets(batch, focus=model.config.focus), model.config.error)
     plain |= {"kl": kl_divergence(posterior.mean, posterior.logvar)}
     assert set(terms) == {*TERMS, "total"}
     for name in TERMS:
@@ -255,10 +255,10 @@ def test_mistakes_are_named():
         model.decode(z, latents, 16)
     with pytest.raises(ValueError, match="crop_latents"):
         model.loss(small_batch(), crop_latents=0)
-    for changes in (dict(decoder="dense"), dict(pooling="max"), dict(ext_target="in"), dict(hidden_size=60)):
-        (rule,) = changes
+    mistakes = dict(decoder="dense", pooling="max", ext_target="in", error="cubes", focus=0.0, hidden_size=60)
+    for rule, value in mistakes.items():
         with pytest.raises(ValueError, match=rule):
-            VAEConfig(**changes)
+            VAEConfig(**{rule: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="occupancy head"):
         model.decoder.upsample(torch.zeros(len(latents), 32), torch.zeros(len(latents), 16), latents, 32, prune=0.5)
 

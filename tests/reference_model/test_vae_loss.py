@@ -28,28 +28,33 @@ def smooth_l1(e):
     return abs(e) - 0.01 if abs(e) > 0.02 else e**2 / 0.04
 
 
+@pytest.mark.parametrize("focus", [None, 0.5])
 @pytest.mark.parametrize("form", [squared, smooth_l1])
-def test_terms_by_hand(form):
+def test_terms_by_hand(form, focus):
+    def weight(t):
+        return 1.0 if focus is None else 1 / (1 + (t / focus) ** 2)
+
     batch = small_batch()
     predicted = torch.rand(len(batch.latents), 512, generator=torch.Generator().manual_seed(0)) * 6 - 3
     predicted[:, ::2] = make_targets(batch).values[:, ::2] + predicted[:, ::2] * 0.01  # some errors are small
     band = voxels(batch)
-    errors: dict[str, list[float]] = {"in": [], "ext": [], "sharp": []}
+    errors: dict[str, list[tuple[float, float]]] = {"in": [], "ext": [], "sharp": []}
     inside = batch.inside.tolist()
     for row, line in enumerate(predicted.tolist()):
         for child, value in enumerate(line):
             if (row, child) in band:
                 t, sharp = band[(row, child)]
-                errors["in"].append(form(value - t))
+                errors["in"].append((form(value - t), weight(t)))
                 if sharp:
-                    errors["sharp"].append(form(value - t))
+                    errors["sharp"].append((form(value - t), weight(t)))
             else:
                 side = -1.0 if inside[row][child] else 1.0
-                errors["ext"].append(form(max(1.0 - side * value, 0.0)))
+                errors["ext"].append((form(max(1.0 - side * value, 0.0)), 1.0))
     assert all(errors.values()) and any(inside[r][c] for r in range(len(inside)) for c in range(512) if (r, c) not in band)
-    got = reconstruction_terms(predicted, make_targets(batch), form.__name__)
-    for name, values in errors.items():
-        assert got[name].item() == pytest.approx(math.fsum(values) / len(values), rel=1e-5), name
+    got = reconstruction_terms(predicted, make_targets(batch, focus=focus), form.__name__)
+    for name, pairs in errors.items():
+        mean = math.fsum(e * w for e, w in pairs) / math.fsum(w for _, w in pairs)
+        assert got[name].item() == pytest.approx(mean, rel=1e-5), name
         assert got[name].dtype == torch.float32 and got[name].shape == ()
 
 

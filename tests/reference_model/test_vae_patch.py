@@ -14,9 +14,9 @@ from reference_model.vae_patch import COEFFICIENTS, fit_patches, patch_basis, pa
 CPU = torch.device("cpu")
 
 
-def targets_of(values, band=None):
+def targets_of(values, band=None, weights=None):
     band = values.abs() < 1 if band is None else band
-    return Targets(values.clamp(-1, 1), band, torch.zeros_like(band))
+    return Targets(values.clamp(-1, 1), band, torch.zeros_like(band), torch.ones_like(values) if weights is None else weights)
 
 
 def test_basis_is_orthonormal():
@@ -37,13 +37,27 @@ def test_a_polynomial_comes_back():
 
 
 def test_the_sum_of_squares_is_least():
-    """Against numpy's least squares in float64, over the band alone (nothing lies outside it)."""
-    values = 0.3 * torch.randn(4, 512, generator=torch.Generator().manual_seed(1)).clamp(-3, 3)
-    found = fit_patches(targets_of(values, torch.ones(4, 512, dtype=torch.bool))).double() / 2  # latents hold twice the coefficients
+    """Against least squares in float64, row by row, over the band alone (nothing lies outside it)."""
+    generator = torch.Generator().manual_seed(1)
+    values = 0.3 * torch.randn(4, 512, generator=generator).clamp(-3, 3)
+    weights = 0.01 + torch.rand(4, 512, generator=generator)
+    latents = fit_patches(targets_of(values, torch.ones(4, 512, dtype=torch.bool), weights))
     basis = patch_basis(CPU).double()
-    stacked = torch.cat((basis / 512**0.5, 1e-3**0.5 * torch.eye(COEFFICIENTS).double()))
-    wanted = torch.cat((values.double() / 512**0.5, torch.zeros(4, COEFFICIENTS).double()), 1)
-    assert (found - torch.linalg.lstsq(stacked, wanted.T).solution.T).abs().max() < 1e-5
+    shares = weights.double() / weights.double().sum(1, keepdim=True)
+    for row, share, z in zip(values.double(), shares, latents.double(), strict=True):
+        stacked = torch.cat((share.sqrt()[:, None] * basis, 1e-3**0.5 * torch.eye(COEFFICIENTS).double()))
+        wanted = torch.cat((share.sqrt() * row, torch.zeros(COEFFICIENTS).double()))
+        coefficients = torch.linalg.lstsq(stacked, wanted[:, None]).solution[:, 0]
+        assert (z - 2 * coefficients).abs().max() < 2e-5
+
+
+def test_a_focus_moves_errors_away_from_the_surface():
+    batch = small_batch()
+    plain, focused = (make_targets(batch, focus=focus) for focus in (None, 0.5))
+    near, far = (plain.band & (plain.values.abs() < 0.5) == side for side in (True, False))
+    errors = [(patch_values(fit_patches(t)) - t.values).abs() for t in (plain, focused)]
+    assert errors[1][near].mean() < 0.95 * errors[0][near].mean()
+    assert errors[1][far & plain.band].mean() > errors[0][far & plain.band].mean()
 
 
 @pytest.mark.parametrize("resolution", [256, 512])
@@ -60,9 +74,10 @@ def test_smooth_surfaces_need_no_network(resolution):
     assert (decoded * targets.values > 0)[~targets.band].float().mean() > 0.999
 
 
-def test_latents_are_the_coefficients_at_first():
-    model, batch = SparseVAE(VAEConfig(**TINY)), small_batch()
-    assert torch.equal(model.encode(batch).mean, fit_patches(make_targets(batch)))
+@pytest.mark.parametrize("focus", [None, 0.5])
+def test_latents_are_the_coefficients_at_first(focus):
+    model, batch = SparseVAE(VAEConfig(**TINY, focus=focus)), small_batch()
+    assert torch.equal(model.encode(batch).mean, fit_patches(make_targets(batch, focus=focus)))
 
 
 def test_turned_with_the_volume():
@@ -79,7 +94,7 @@ def test_turned_with_the_volume():
 
 
 def test_nothing_at_all():
-    none = Targets(torch.zeros(0, 512), torch.zeros(0, 512, dtype=torch.bool), torch.zeros(0, 512, dtype=torch.bool))
+    none = targets_of(torch.zeros(0, 512))
     assert fit_patches(none).shape == (0, COEFFICIENTS)
     assert patch_values(torch.zeros(0, COEFFICIENTS)).shape == (0, 512)
 

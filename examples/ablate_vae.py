@@ -70,7 +70,8 @@ def run_variant(options: argparse.Namespace, names: str, variant: tuple[str, tup
 def table(rows: Sequence[dict[str, Any]], minutes: float) -> str:
     text = [f"# What limits the VAE: {minutes:g} minutes of the compact model at 256", ""]
     text += [f"`python -m examples.ablate_vae {shlex.join(sys.argv[1:])}`", ""]
-    text += ["Losses on the held-out meshes (each at its own weights), then the gap to the ceiling, mean over the closed ones.", ""]
+    text += ["Losses on the held-out meshes, each as it was minimised (smooth L1 beside squares says nothing),"]
+    text += ["then the gap to the ceiling, mean over the closed ones.", ""]
     text += ["| variant | steps | in | ext | sharp | F1@.005 | F1@.001 | normals | area off % | pieces equal |", "|---|" + "---:|" * 9]
     for row in rows:
         loss, gaps = row["loss"], row["gaps"]

@@ -68,7 +68,7 @@ class VAEConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if self.focus is not None and self.focus <= 0:
+        if self.focus is not None and not self.focus > 0:
             raise ValueError(f"focus must be positive, or None, got {self.focus}")
         if self.head == "polynomial" and self.latent_channels != COEFFICIENTS:
             raise ValueError(f"head polynomial needs {COEFFICIENTS} latent channels, got {self.latent_channels=}")

@@ -125,7 +125,8 @@ class Lift(nn.Module):
     """The finest level of the encoder: Linear 1 → C of each value, then norm, SiLU and pooling of the first block.
 
     Every channel is an affine function of one number, so its norm needs only mean and variance of the values, and rows are made, pooled and
-    dropped piece by piece: [N,C] of tens of millions of voxels never exists. A piece holds rows of many small samples or of one.
+    dropped piece by piece: [N,C] of tens of millions of voxels never exists. A piece holds
+    rows of one large sample or of many small ones, which then have scale and shift row by row.
     """
 
     def __init__(self, channels: int):
@@ -138,22 +139,39 @@ class Lift(nn.Module):
         mean, variance = plan.moments[:, :, None].unbind(1)
         affine = torch.cat(block.norm1.affine(weight * mean + bias, weight.square() * variance), 1)  # [B,2C]
 
-        def reduce(t: Tensor, mask: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-            scale, shift = F.embedding(sample, affine).chunk(2, 1)
+        def reduce(t: Tensor, mask: Tensor, sample: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+            scale, shift = (table if len(table) == 1 else F.embedding(sample, table)).chunk(2, 1)
             active, raw = self.rows(t, mask, weight, bias, scale, shift)
             return block.reduce(active, raw, mask)
 
-        split = (x.split(_ROWS) for x in (plan.values, plan.active, plan.samples))
-        pieces = [checkpoint(reduce, *rows, use_reentrant=False) for rows in zip(*split, strict=True)]
+        groups = _together(plan.cells)
+        sizes = [sum(plan.cells[first:last]) for first, last in groups]
+        pieces = []
+        for (first, last), *group in zip(groups, *(x.split(sizes) for x in (plan.values, plan.active, plan.samples)), strict=True):
+            for t, mask, sample in zip(*(x.split(_ROWS) for x in group), strict=True):
+                pieces.append(checkpoint(reduce, t, mask, sample - first, affine[first:last], use_reentrant=False))
         h, skip = zip(*pieces, strict=True)
         return torch.cat(h), torch.cat(skip)
+
+
+def _together(cells: list[int]) -> list[tuple[int, int]]:
+    """First and last + 1 of the samples that are handled at once: as many as hold _ROWS rows, or one of more."""
+    groups: list[tuple[int, int]] = []
+    held = 0
+    for i, count in enumerate(cells):
+        if groups and held + count <= _ROWS:
+            groups[-1], held = (groups[-1][0], i + 1), held + count
+        else:
+            groups.append((i, i + 1))
+            held = count
+    return groups
 
 
 class LiftRows(nn.Module):
     """C channels of each child of some cells, after norm and SiLU, and before. Worth compiling on a GPU: it is all bytes."""
 
     def forward(self, t: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """t, mask [r,8], weight, bias [C], scale, shift [r,C], float32 → two [r,8,C], 0 where not mask, in autocast's dtype."""
+        """t, mask [r,8], weight, bias [C], scale, shift [r,C] or [1,C], float32 → two [r,8,C], 0 where not mask, in autocast's dtype."""
         device = t.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
         raw = t[..., None] * weight + bias

@@ -38,6 +38,7 @@ class EncoderPlan:
     values: Tensor  # [n4,8] float32: values of the children of each cell of 2^3 voxels, 0 where there is none
     active: Tensor  # [n4,8] bool
     samples: Tensor  # [n4] int32: the sample of each cell
+    cells: list[int]  # rows of each sample
     levels: tuple[Level, ...]  # edges 4, 2, 1
     children: tuple[Children, ...]  # levels[0] under levels[1], levels[1] under levels[2]
     moments: Tensor  # [B,2] float32: mean and variance of each sample's values
@@ -45,7 +46,7 @@ class EncoderPlan:
 
     @classmethod
     def build(cls, batch: VolumeBatch) -> EncoderPlan:
-        """One host synchronisation for each level's rows."""
+        """One host synchronisation for the cells, one for each level's rows."""
         latents, device = batch.latents, batch.latents.device
         place = batch.latent_index.long() * CELL**3 + slots_of_children(device)[child_index(batch.coords[:, 1:])]
         values = torch.zeros(len(latents) * CELL**3, device=device)
@@ -67,8 +68,8 @@ class EncoderPlan:
         rows = levels[0].places
         assert rows is not None
         return cls(
-            values.view(-1, 8)[rows], active.view(-1, 8)[rows], latents[rows // EDGES[0] ** 3, 0], levels, tuple(children), _moments(batch),
-            tuple(bounds[1:].int().unbind()),
+            values.view(-1, 8)[rows], active.view(-1, 8)[rows], latents[rows // EDGES[0] ** 3, 0], bounds[1].diff().tolist(),
+            levels, tuple(children), _moments(batch), tuple(bounds[1:].int().unbind()),
         )  # fmt: skip
 
 

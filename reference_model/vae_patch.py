@@ -42,7 +42,7 @@ def patch_values(z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit_patches(targets: Targets) -> Tensor:
-    """Latents [L,16] float32 of the polynomials nearest to the band voxels (least squares) that keep the side of the other children.
+    """Latents [L,16] float32 of the polynomials nearest to the band voxels (squares by weight) that keep the side of the other children.
 
     Two rounds: over the band; then also over those other children that the first polynomial puts too near to the surface or beyond it.
     """

@@ -239,9 +239,9 @@ def _fwd_kernel(
         if ENTRIES > 0 and q_ptr.dtype.element_ty != tl.float32 and hi - lo <= 192:
             what = (q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, kv, lo, hi, first, first + count, entry0, scale)
             if hi - lo <= 16:
-                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, 2 * BLOCK_M, 0, 16)
+                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 16)
             elif hi - lo <= 32:
-                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, 2 * BLOCK_M, 0, 32)
+                _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 32)
             elif hi - lo <= 64:
                 _resident_rows(*what, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 64)
             elif hi - lo <= 96:
@@ -360,9 +360,9 @@ def _dq_kernel(
             tensors = (q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, part_ptr, entries_ptr)
             where = (kv, lo, hi, first, first + count, entry0, scale)
             if hi - lo <= 16:
-                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, 2 * BLOCK_M, 0, 16)
+                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 16)
             elif hi - lo <= 32:
-                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, 2 * BLOCK_M, 0, 32)
+                _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 32)
             elif hi - lo <= 64:
                 _resident_dq(*tensors, *where, HKV * TOPK, HQ, HKV, D, BLOCK_D, BLOCK_M, 0, 64)
             elif hi - lo <= 96:

@@ -83,14 +83,18 @@ def slots_below(coords):
     return (coords[:, 1:].long() % 2) @ torch.tensor([4, 2, 1])
 
 
+@pytest.mark.parametrize("rows", [50, 1 << 18])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_lift_and_first_block(pooling, monkeypatch):
-    """Linear 1→C, then the pooling of the block: with all rows of all channels, as the paper has it; pieces hold parts of two samples."""
+def test_lift_and_first_block(pooling, rows, monkeypatch):
+    """Linear 1→C, then the pooling of the block: with all rows of all channels, as the paper has it.
+
+    Several pieces a sample, then all samples in one piece.
+    """
     batch = small_batch()
-    monkeypatch.setattr(vae_blocks, "_ROWS", 50)
+    monkeypatch.setattr(vae_blocks, "_ROWS", rows)
     lift, block = stirred(Lift(6)), stirred(down_block(6, 10, pooling), seed=1)
     plan = EncoderPlan.build(batch)
-    assert all(len(samples) > 50 and len(samples) % 50 for samples in plan.values.split(plan.cu_seqlens[0].diff().tolist()))
+    assert len(plan.cells) > 1 and min(plan.cells) > 50 and sum(plan.cells) < 1 << 18
     got = lift(plan, block)
     level, parent = plain_parents(batch, 4)
     x = lift.linear(batch.values[:, None])
@@ -103,6 +107,11 @@ def test_lift_and_first_block(pooling, monkeypatch):
     grads = [torch.autograd.grad(sum(p.square().sum() for p in outputs), weights) for outputs in (got, plain)]
     for a, b in zip(*grads, strict=True):
         close(a, b, 1e-4)
+
+
+def test_small_samples_come_together(monkeypatch):
+    monkeypatch.setattr(vae_blocks, "_ROWS", 10)
+    assert vae_blocks._together([3, 7, 1, 0, 25, 9, 2, 8]) == [(0, 2), (2, 4), (4, 5), (5, 6), (6, 8)]
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

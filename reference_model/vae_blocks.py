@@ -125,8 +125,8 @@ class Lift(nn.Module):
     """The finest level of the encoder: Linear 1 → C of each value, then norm, SiLU and pooling of the first block.
 
     Every channel is an affine function of one number, so its norm needs only mean and variance of the values, and rows are made, pooled and
-    dropped piece by piece: [N,C] of tens of millions of voxels never exists. A piece holds
-    rows of one large sample or of many small ones, which then have scale and shift row by row.
+    dropped piece by piece: [N,C] of tens of millions of voxels never exists. A piece holds rows of one large sample or of many small ones,
+    which then have scale and shift row by row.
     """
 
     def __init__(self, channels: int):
@@ -146,8 +146,9 @@ class Lift(nn.Module):
 
         groups = _together(plan.cells)
         sizes = [sum(plan.cells[first:last]) for first, last in groups]
+        samples = torch.repeat_interleave(plan.cu_seqlens[0].diff(), output_size=len(plan.values))  # of each row
         pieces = []
-        for (first, last), *group in zip(groups, *(x.split(sizes) for x in (plan.values, plan.active, plan.samples)), strict=True):
+        for (first, last), *group in zip(groups, *(x.split(sizes) for x in (plan.values, plan.active, samples)), strict=True):
             for t, mask, sample in zip(*(x.split(_ROWS) for x in group), strict=True):
                 pieces.append(checkpoint(reduce, t, mask, sample - first, affine[first:last], use_reentrant=False))
         h, skip = zip(*pieces, strict=True)

@@ -37,7 +37,6 @@ class EncoderPlan:
 
     values: Tensor  # [n4,8] float32: values of the children of each cell of 2^3 voxels, 0 where there is none
     active: Tensor  # [n4,8] bool
-    samples: Tensor  # [n4] int32: the sample of each cell
     cells: list[int]  # rows of each sample
     levels: tuple[Level, ...]  # edges 4, 2, 1
     children: tuple[Children, ...]  # levels[0] under levels[1], levels[1] under levels[2]
@@ -66,10 +65,9 @@ class EncoderPlan:
             offsets = F.pad((count if coarse.places is None else count[coarse.places]).cumsum(0), (1, 0))
             children.append(Children(ssa.Blocks(2, offsets.int(), cu.int(), coarse.coords), coarse.places_of_children(fine)))
         rows = levels[0].places
-        assert rows is not None
         return cls(
-            values.view(-1, 8)[rows], active.view(-1, 8)[rows], latents[rows // EDGES[0] ** 3, 0], bounds[1].diff().tolist(),
-            levels, tuple(children), _moments(batch), tuple(bounds[1:].int().unbind()),
+            values.view(-1, 8)[rows], active.view(-1, 8)[rows], bounds[1].diff().tolist(), levels, tuple(children), _moments(batch),
+            tuple(bounds[1:].int().unbind()),
         )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def draw(paths: Sequence[Path], out: Path, beside: Path | None = None) -> None:
         curves(read_runs([beside])[0], "--", "x", False)
     for start in starts[1:]:
         axes.axvline(start, color="black", lw=0.5, ls=":")
-    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="mean squared error, in units of the band")
+    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="mean error as minimised, in units of the band")
     axes.set_title("lines: batches; circles: held out" + ("" if beside is None else f"; dashed and crosses: {beside.stem}"))
     axes.legend()
     axes.grid(alpha=0.3, which="both")

@@ -68,7 +68,7 @@ def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device 
         latent_index=latent_index.int(),
         inside=moved.inside[order].gather(1, came_from),
         meta=tuple(
-            {**meta, "symmetry": str(_find(symmetries()[i] @ symmetries()[int(meta.get("symmetry", 0))]))}
+            {**meta, "symmetry": str(_after(i, int(meta.get("symmetry", 0))))}
             for meta, i in zip(batch.meta, indices, strict=True)
         ),
     )  # fmt: skip
@@ -85,5 +85,7 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return symmetries().to(device), torch.stack(moved).to(device)
 
 
-def _find(matrix: Tensor) -> int:
-    return int((symmetries() == matrix).all(2).all(1).nonzero())
+@lru_cache(maxsize=48 * 48)
+def _after(index: int, before: int) -> int:
+    """Index of the motion `before` followed by `index`."""
+    return int((symmetries() == symmetries()[index] @ symmetries()[before]).all(2).all(1).nonzero())

@@ -24,6 +24,8 @@ from reference_model.cli import parse
 VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "polynomials, learned pooling, subpixel decoder": ([], []),
     "polynomials alone, no training": (["trainer.steps=1", "trainer.lr=0"], []),
+    "creases": (["vae.head=crease"], []),
+    "creases alone, no training": (["vae.head=crease", "trainer.steps=1", "trainer.lr=0"], []),
     "no polynomials, clamped": (["vae.head=clamp"], []),
     "no polynomials, tanh (paper)": (["vae.head=tanh"], []),
     "pooling by the mean (paper)": (["vae.pooling=mean"], []),

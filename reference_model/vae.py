@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 import ssa
 from reference_model.dataset import VolumeBatch
+from reference_model.vae_crease import PATCHES
 from reference_model.vae_decoder import HALO, Decoder
 from reference_model.vae_encoder import Encoder, EncoderPlan
 from reference_model.vae_flops import forward_flops
 from reference_model.vae_grid import check_latents, children_of_slots
 from reference_model.vae_loss import STEEPNESS, Targets, kl_divergence, make_targets, occupancy_loss, reconstruction_terms
-from reference_model.vae_patch import COEFFICIENTS, fit_patches
+from reference_model.vae_patch import COEFFICIENTS
 from reference_model.volume import CELL
 
 CHOICES = {
     "decoder": ("symmetric", "subpixel", "released"),
-    "head": ("polynomial", "clamp", "tanh"),
+    "head": (*PATCHES, "clamp", "tanh"),
     "pooling": ("mean", "subpixel", "released"),
     "ext_target": ("sign", "released"),
     "error": tuple(STEEPNESS),
@@ -45,7 +46,7 @@ class VAEConfig:
     window_size: int = 8  # latents; odd layers shift by half of it
     latent_channels: int = 16
     decoder: str = "subpixel"  # or "symmetric", "released": the blocks of `vae_blocks`
-    head: str = "polynomial"  # the network corrects that of each cell; or "clamp", "tanh" (released): the network alone
+    head: str = "polynomial"  # what the network corrects in each cell; or "crease": two pieces; "clamp", "tanh" (released): nothing
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     error: str = "squared"  # of a value; or "smooth_l1", which counts what is almost right for more: `vae_loss`
@@ -70,10 +71,10 @@ class VAEConfig:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.focus is not None and not self.focus > 0:
             raise ValueError(f"focus must be positive, or None, got {self.focus}")
-        if self.head == "polynomial" and self.latent_channels != COEFFICIENTS:
-            raise ValueError(f"head polynomial needs {COEFFICIENTS} latent channels, got {self.latent_channels=}")
-        if self.head == "polynomial" and self.ext_target == "released":
-            raise ValueError('ext_target "released" needs head "clamp" or "tanh": polynomials keep the true side, got head "polynomial"')
+        if self.head in PATCHES and self.latent_channels != COEFFICIENTS:
+            raise ValueError(f"head {self.head} needs {COEFFICIENTS} latent channels, got {self.latent_channels=}")
+        if self.head in PATCHES and self.ext_target == "released":
+            raise ValueError(f'ext_target "released" needs head "clamp" or "tanh": others keep the true side, got head {self.head!r}')
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +171,7 @@ class SparseVAE(nn.Module):
         return forward_flops(self, EncoderPlan.build(batch), self.partitions(batch.latents))
 
     def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], targets: Targets) -> Posterior:
-        patch = fit_patches(targets) if self.config.head == "polynomial" else None
+        patch = PATCHES[self.config.head].fit(targets) if self.config.head in PATCHES else None
         return Posterior(*self.encoder(EncoderPlan.build(batch), partitions, _factor(batch.resolution), patch))
 
 

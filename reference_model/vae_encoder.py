@@ -1,8 +1,8 @@
 """Encoder of the VAE: band voxels → mean and log variance of 16 channels at each latent (paper: arXiv 2505.17412, section 3.2).
 
 Linear 1→32; three residual blocks that halve the resolution, 32→64→128→512; Linear, position code, window attention at the latents,
-LayerNorm without weights, Linear. With head "polynomial" the polynomials of the cells enter before the attention and are added to the
-mean. GroupNorms take their statistics over a sample, so a sample is never cropped.
+LayerNorm without weights, Linear. With head "polynomial" or "crease" the latents fitted to the cells enter before the attention and
+are added to the mean. GroupNorms take their statistics over a sample, so a sample is never cropped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import ssa
 from reference_model.dataset import VolumeBatch
 from reference_model.vae_blocks import AttentionBlock, Children, Lift, down_block, position_code
+from reference_model.vae_crease import PATCHES
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 from reference_model.vae_layers import unit_linear
 from reference_model.vae_loss import STEEPNESS
@@ -87,13 +88,13 @@ class Encoder(nn.Module):
         self.lift = Lift(widths[0])
         self.down = nn.ModuleList(down_block(a, b, config.pooling, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
         self.linear = unit_linear(config.hidden_size, config.hidden_size, GAIN)
-        self.patch = unit_linear(config.latent_channels, config.hidden_size) if config.head == "polynomial" else None
+        self.patch = unit_linear(config.latent_channels, config.hidden_size) if config.head in PATCHES else None
         self.blocks = attention_blocks(config)
         self.moments = unit_linear(config.hidden_size, 2 * config.latent_channels)
         with torch.no_grad():  # a standard deviation of 0.14 at first: a decoder learns little from noise
             self.moments.weight[config.latent_channels :] = 0
             self.moments.bias[config.latent_channels :] = -4
-            if config.head == "polynomial":  # at first the coefficients are the latents, their variance what suits the weight of the KL
+            if config.head in PATCHES:  # at first the coefficients are the latents, their variance what suits the weight of the KL
                 self.moments.weight.zero_()
                 self.moments.bias[config.latent_channels :] = -9 + math.log(max(config.lambda_kl, 1e-9) / 1e-3 / STEEPNESS[config.error])
 
@@ -102,7 +103,7 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """→ mean, logvar [L,16] float32, rows as the latents; partitions: windows without and with shift.
 
-        patch [L,16]: latents of the polynomials, which the mean is added to.
+        patch [L,16]: latents fitted to the cells, which the mean is added to.
         """
         run = self._checkpointed if self.checkpointing and torch.is_grad_enabled() else _plain
         first = self.down[0]

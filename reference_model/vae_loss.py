@@ -31,7 +31,7 @@ class Targets:
     sharp: Tensor  # [L,512] bool, within the band
     weights: Tensor  # [L,512] float32, of a child in the mean of its set and in the fit of `vae_patch`
 
-    def rows(self, index: Tensor) -> "Targets":
+    def rows(self, index: Tensor | slice) -> "Targets":
         return Targets(self.values[index], self.band[index], self.sharp[index], self.weights[index])
 
 

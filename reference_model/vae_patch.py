@@ -17,11 +17,11 @@ from reference_model.vae_loss import Targets
 from reference_model.volume import CELL
 
 COEFFICIENTS = 16
-_GAIN = 2.0  # of a coefficient in a latent, so that latents have a variance near 1
+GAIN = 2.0  # of a coefficient in a latent, so that latents have a variance near 1
 # squares of c_k beyond which the fit gives up accuracy: cells with few voxels leave most of them open
 _RIDGE = 1e-3
 # of children outside the band where the polynomial of the band says less than ±1, and what it should say there
-_OUTER_WEIGHT, _OUTER_VALUE = 0.02, 1.5
+OUTER_WEIGHT, OUTER_VALUE = 0.02, 1.5
 
 
 @lru_cache(maxsize=8)
@@ -37,7 +37,7 @@ def patch_basis(device: torch.device) -> Tensor:
 def patch_values(z: Tensor) -> Tensor:
     """Latents [L,16] → values [L,512] float32 of their polynomials, not clamped."""
     with torch.autocast(z.device.type, enabled=False):
-        return z.float() @ (patch_basis(z.device).T / _GAIN)
+        return z.float() @ (patch_basis(z.device).T / GAIN)
 
 
 @torch.no_grad()
@@ -53,8 +53,8 @@ def fit_patches(targets: Targets) -> Tensor:
         share = band / band.sum(1, keepdim=True).clamp(min=1e-9)
         first = _solve(share, targets.values, basis, squares)
         near = ~targets.band & (first @ basis.T * targets.values < 1)
-        wanted = torch.where(targets.band, targets.values, _OUTER_VALUE * targets.values)
-        return _GAIN * _solve(share + near * share.amax(1, keepdim=True) * _OUTER_WEIGHT, wanted, basis, squares)
+        wanted = torch.where(targets.band, targets.values, OUTER_VALUE * targets.values)
+        return GAIN * _solve(share + near * share.amax(1, keepdim=True) * OUTER_WEIGHT, wanted, basis, squares)
 
 
 def _solve(weights: Tensor, values: Tensor, basis: Tensor, squares: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from reference_model.vae_loss import Targets, make_targets, reconstruction_terms
 from reference_model.vae_patch import COEFFICIENTS, fit_patches, patch_values
 
 X = (lattice(8).float() - 3.5) / 3.5  # children in the frame of the cell
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 
 
 def targets_of(values: torch.Tensor) -> Targets:
@@ -39,9 +40,10 @@ def near_error(latents: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return (error.sum(1) / near.sum(1).clamp(min=1)).sqrt()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("meet", [torch.maximum, torch.minimum])
-def test_two_planes_come_back(meet):
-    values = meet(*planes(200, 0))
+def test_two_planes_come_back(meet, device: str):
+    values = meet(*planes(200, 0)).to(device)
     values = values[((values.abs() < 0.5).sum(1) > 20) & ((values.abs() < 1).sum(1) > 150)]
     assert len(values) > 150
     targets = targets_of(values)
@@ -52,7 +54,7 @@ def test_two_planes_come_back(meet):
     creased = latents[:, 15] != 0
     assert creased.float().mean() > 0.8
     assert (latents[creased, 15] == (1 if meet is torch.maximum else -1)).float().mean() > 0.9
-    beyond = (latents[creased, 10:15] @ vae_crease._bases(X.device).l.T > 0) & targets.band[creased]
+    beyond = (latents[creased, 10:15] @ vae_crease._bases(values.device).l.T > 0) & targets.band[creased]
     assert (beyond.sum(1) < 0.5 * targets.band[creased].sum(1)).float().mean() > 0.95  # a is the piece of more voxels
 
 

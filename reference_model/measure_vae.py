@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load_vae(paths["weights"], device, config.conv_backend).requires_grad_(True)
     else:
         model = SparseVAE(VAEConfig(conv_backend=config.conv_backend, **config.vae)).to(device)
-        torch.nn.init.normal_(model.decoder.head.weight, std=config.vae.channels[0] ** -0.5)  # a fresh one adds nothing to polynomials
+        torch.nn.init.normal_(model.decoder.head.weight, std=config.vae.channels[0] ** -0.5)  # a fresh one adds nothing
     model.activation_checkpointing = config.checkpointing
     if config.compile:
         compile_fused(model)

@@ -1,10 +1,10 @@
 """SS-VAE: a signed-distance volume ⇄ 16 numbers for every active cell of 8^3 voxels (paper: arXiv 2505.17412, section 3.2).
 
     volume [N voxels] → Encoder → Posterior [L,16] → sample → Decoder → a value at each of the 512 children of the L latents
-                      ↘ polynomial of each cell ↗            ↘ the polynomial's values ↗
+                      ↘ fit of each cell ↗                   ↘ the values of the fit ↗
 
-Latents begin as coefficients of polynomials (`vae_patch`), which the network corrects on both sides: a smooth piece of surface then needs
-no learning, and the network is left with edges, thin walls and cells of several pieces. `head="tanh"` is the paper's output, without them.
+Latents begin as what is fitted to a cell (`vae_patch`, `vae_crease`), which the network corrects on both sides: a smooth piece of surface
+then needs no learning, with creases neither does an edge or a thin wall. `head="tanh"` is the paper's output, without them.
 
 `loss` is what a trainer minimises; `encode` and `decode` are the two halves. Letters: N band voxels, L latents, B samples, R resolution.
 """
@@ -50,7 +50,7 @@ class VAEConfig:
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     error: str = "squared"  # of a value; or "smooth_l1", which counts what is almost right for more: `vae_loss`
-    focus: float | None = None  # |t| of voxels that count half as much as those at the surface, in losses and polynomials; None: all alike
+    focus: float | None = None  # |t| of voxels that count half as much as those at the surface, in losses and fits; None: all alike
     occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning
     conv_backend: str | None = None  # "torch", "triton", "spconv"; None: triton on CUDA, torch elsewhere
     lambda_in: float = 1.0
@@ -163,8 +163,8 @@ class SparseVAE(nn.Module):
         return terms
 
     def flops(self, batch: VolumeBatch) -> float:
-        """Operations of the matrix products of one uncropped forward, two a multiply-add; absent neighbours cost none, polynomials
-        (below 1 %) are left out.
+        """Operations of the matrix products of one uncropped forward, two a multiply-add; absent neighbours cost none. What is fitted
+        to cells (polynomials below 1 %, creases some 3 % of a small model, in float64) is left out.
 
         It builds the structure of the batch once more: ask now and then, not every step.
         """

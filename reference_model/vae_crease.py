@@ -1,6 +1,6 @@
 """A cell of 8^3 voxels as 16 numbers of two smooth pieces that meet in a crease, without a network: what the VAE's network then corrects.
 
-    value(x) = clamp(a(x) + s relu(l(x)), -1, 1)      a: 10 coefficients, degree up to 2      l: 5, degree up to 1 and |x|^2      s: a sign
+    value(x) = clamp(a(x) + s relu(l(x)), -1, 1)     a: 10 coefficients, degree up to 2     l: 5, degree up to 1 and |x|^2     s: a sign
 
 With s = 1 that is the larger of the pieces a and a + l: an edge outwards, or a wall with air on both sides; with s = -1 the smaller of a
 and a - l: an edge inwards, or a slit. A cell of one piece has l < 0 everywhere and s = 0. `vae_patch` has polynomials without creases.
@@ -22,17 +22,21 @@ _SMOOTH, _BEND = 10, 5  # coefficients of a and of l, whose first is a constant
 _RIDGE = 1e-4  # as in `vae_patch`, for what two pieces can hold
 _ROUNDS = 6  # of least squares, between which voxels change from one piece to the other
 _PRICE = 1e-4  # mean square by which two pieces must be better than one
+_OUTSIDE = 0.1  # in what is compared, of a child outside of the band beside the heaviest one within: its side counts, its value little
 _TIE = 1e-4  # what is nearer to a tie counts as one: how a matrix product rounds, say with the size of a batch, then decides nothing
 _AWAY = -0.75  # l of a cell of one piece
-_ROWS = 1 << 14  # latents fitted at once: [rows,512] float32 is 34 MB
+_ROWS = 1 << 14  # latents fitted at once, in about 1 GB
 
 
 class _Bases(NamedTuple):
-    a: Tensor  # [512,10]
-    l: Tensor  # [512,5]
+    a: Tensor  # [512,10] float32
+    l: Tensor  # [512,5] float32
+    wide_a: Tensor  # float64
+    wide_l: Tensor
     aa: Tensor  # [512,100] float64, products of their columns
-    al: Tensor
-    ll: Tensor
+    al: Tensor  # [512,50]
+    ll: Tensor  # [512,25]
+    ridge: Tensor  # [15,15] float64
 
 
 @lru_cache(maxsize=8)
@@ -42,11 +46,16 @@ def _bases(device: torch.device) -> _Bases:
     square = (lattice(CELL, device).double() - (CELL - 1) / 2).square().sum(1)
     square = square - square.mean()
     l = torch.cat((torch.ones_like(a[:, :1]), a[:, 1:4], (square / square.square().mean().sqrt()).float()[:, None]), 1)
-    return _Bases(a, l, *((x[:, :, None].double() * y[:, None]).flatten(1) for x, y in ((a, a), (a, l), (l, l))))
+    wide_a, wide_l = a.double(), l.double()
+    aa, al, ll = ((x[:, :, None] * y[:, None]).flatten(1) for x, y in ((wide_a, wide_a), (wide_a, wide_l), (wide_l, wide_l)))
+    return _Bases(a, l, wide_a, wide_l, aa, al, ll, _RIDGE * torch.eye(_SMOOTH + _BEND, dtype=torch.float64, device=device))
 
 
 def crease_values(z: Tensor) -> Tensor:
-    """Latents [L,16] → values [L,512] float32 of their pieces, not clamped; |s| of a third and more is 1, so noise leaves creases alone."""
+    """Latents [L,16] → values [L,512] float32 of their pieces, not clamped.
+
+    |s| of a third and more is 1, so noise leaves creases alone; no gradient moves s there, nor l in a cell of one piece.
+    """
     bases = _bases(z.device)
     with torch.autocast(z.device.type, enabled=False):
         a, l, s = z.float().split((_SMOOTH, _BEND, 1), 1)
@@ -78,14 +87,15 @@ def _fit(targets: Targets) -> Tensor:
         return share + (~band & (y * values < 1)) * most * OUTER_WEIGHT
 
     def error(y: Tensor) -> Tensor:
-        return ((y.clamp(-1, 1) - values).square() * (share + ~band * most * 0.1)).sum(1)
+        return ((y.clamp(-1, 1) - values).square() * (share + ~band * most * _OUTSIDE)).sum(1)
 
     def latents(a: Tensor, l: Tensor, s: float) -> Tensor:
         return torch.cat((GAIN * a, GAIN * l, a.new_full((len(a), 1), s)), 1)
 
     nowhere = torch.zeros_like(values)
-    first, away = _solve(share, nowhere, values, bases)
+    first, none = _solve(share, nowhere, values, bases)
     a, _ = _solve(asked(first @ bases.a.T), nowhere, outer, bases)
+    away = torch.zeros_like(none)
     away[:, 0] = _AWAY
     best, least = latents(a, away, 0.0), error(a @ bases.a.T) - _PRICE
     start = _second_piece(targets).float()
@@ -110,15 +120,17 @@ def _solve(weights: Tensor, second: Tensor, values: Tensor, bases: _Bases) -> tu
     weights, values, both = weights.double(), values.double(), (weights * second).double()
     aa, al, ll = weights @ bases.aa, both @ bases.al, both @ bases.ll
     aa, al, ll = aa.view(-1, _SMOOTH, _SMOOTH), al.view(-1, _SMOOTH, _BEND), ll.view(-1, _BEND, _BEND)
-    matrix = torch.cat((torch.cat((aa, al), 2), torch.cat((al.mT, ll), 2)), 1)
-    matrix += _RIDGE * torch.eye(_SMOOTH + _BEND, dtype=matrix.dtype, device=matrix.device)
-    right = torch.cat(((weights * values) @ bases.a.double(), (both * values) @ bases.l.double()), 1)
+    matrix = torch.cat((torch.cat((aa, al), 2), torch.cat((al.mT, ll), 2)), 1) + bases.ridge
+    right = torch.cat(((weights * values) @ bases.wide_a, (both * values) @ bases.wide_l), 1)
     solution = torch.linalg.solve_ex(matrix, right)[0].float()  # solve would wait for the device to look for singular ones
-    return solution[:, :_SMOOTH], solution[:, _SMOOTH:].clone()
+    return solution[:, :_SMOOTH], solution[:, _SMOOTH:]
 
 
 def _second_piece(targets: Targets) -> Tensor:
-    """[L,512] bool: children whose values rise in the rarer one of two directions, the means of two groups round the two most unlike."""
+    """[L,512] bool: children whose values rise in the rarer one of two directions, the means of two groups round the two most unlike.
+
+    Children without a slope go with the second group.
+    """
     rise, known = _slopes(targets.values, targets.band)
     weight = known * targets.weights
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from reference_model.tiles import lattice
 from reference_model.vae_loss import Targets
-from reference_model.vae_patch import GAIN, OUTER_VALUE, OUTER_WEIGHT, fit_patches, patch_basis, patch_values
+from reference_model.vae_patch import GAIN, OUTER_VALUE, OUTER_WEIGHT, band_shares, fit_patches, patch_basis, patch_values
 from reference_model.volume import CELL
 
 _SMOOTH, _BEND = 10, 5  # coefficients of a and of l, whose first is a constant
-_RIDGE = 1e-4  # as in `vae_patch`, for what two pieces can hold
+_RIDGE = 1e-4  # of squares of coefficients, as in `vae_patch`; less than there, where it rounds edges off
 _ROUNDS = 6  # of least squares, between which voxels change from one piece to the other
 _PRICE = 1e-4  # mean square by which two pieces must be better than one
 _OUTSIDE = 0.1  # in what is compared, of a child outside of the band beside the heaviest one within: its side counts, its value little
@@ -77,8 +77,7 @@ def fit_creases(targets: Targets) -> Tensor:
 def _fit(targets: Targets) -> Tensor:
     bases = _bases(targets.values.device)
     band, values = targets.band, targets.values
-    share = band * targets.weights
-    share = share / share.sum(1, keepdim=True).clamp(min=1e-9)
+    share = band_shares(targets)
     most = share.amax(1, keepdim=True)
     outer = torch.where(band, values, OUTER_VALUE * values)
 
@@ -93,9 +92,9 @@ def _fit(targets: Targets) -> Tensor:
         return torch.cat((GAIN * a, GAIN * l, a.new_full((len(a), 1), s)), 1)
 
     nowhere = torch.zeros_like(values)
-    first, none = _solve(share, nowhere, values, bases)
+    first, _ = _solve(share, nowhere, values, bases)
     a, _ = _solve(asked(first @ bases.a.T), nowhere, outer, bases)
-    away = torch.zeros_like(none)
+    away = a.new_zeros(len(a), _BEND)
     away[:, 0] = _AWAY
     best, least = latents(a, away, 0.0), error(a @ bases.a.T) - _PRICE
     start = _second_piece(targets).float()
@@ -143,10 +142,9 @@ def _second_piece(targets: Targets) -> Tensor:
 
     other = unlike(at(weight.argmax(1)))
     one = unlike(other)
-    for _ in range(4):
+    for _ in range(5):
         first = (rise * (one - other)[:, None]).sum(2) > _TIE
         one, other = (torch.nn.functional.normalize((rise * (weight * chosen)[..., None]).sum(1), dim=1) for chosen in (first, ~first))
-    first = (rise * (one - other)[:, None]).sum(2) > _TIE
     fewer = (weight * first).sum(1) < (weight * ~first).sum(1)
     return first == fewer[:, None]
 

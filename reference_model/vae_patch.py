@@ -40,6 +40,12 @@ def patch_values(z: Tensor) -> Tensor:
         return z.float() @ (patch_basis(z.device).T / GAIN)
 
 
+def band_shares(targets: Targets) -> Tensor:
+    """[L,512] weights of the band voxels of a cell, their sum 1; 0 for the other children."""
+    band = targets.band * targets.weights
+    return band / band.sum(1, keepdim=True).clamp(min=1e-9)
+
+
 @torch.no_grad()
 def fit_patches(targets: Targets) -> Tensor:
     """Latents [L,16] float32 of the polynomials nearest to the band voxels (squares by weight) that keep the side of the other children.
@@ -49,8 +55,7 @@ def fit_patches(targets: Targets) -> Tensor:
     basis = patch_basis(targets.values.device)
     squares = (basis[:, :, None] * basis[:, None]).flatten(1)
     with torch.autocast(basis.device.type, enabled=False):
-        band = targets.band * targets.weights
-        share = band / band.sum(1, keepdim=True).clamp(min=1e-9)
+        share = band_shares(targets)
         first = _solve(share, targets.values, basis, squares)
         near = ~targets.band & (first @ basis.T * targets.values < 1)
         wanted = torch.where(targets.band, targets.values, OUTER_VALUE * targets.values)

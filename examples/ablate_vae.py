@@ -22,27 +22,25 @@ from reference_model.cli import parse
 
 # name → settings of train_vae, settings of evaluate_vae
 VARIANTS: dict[str, tuple[list[str], list[str]]] = {
-    "polynomials, learned pooling, subpixel decoder": ([], []),
-    "polynomials alone, no training": (["trainer.steps=1", "trainer.lr=0"], []),
-    "creases": (["vae.head=crease"], []),
-    "creases alone, no training": (["vae.head=crease", "trainer.steps=1", "trainer.lr=0"], []),
-    "no polynomials, clamped": (["vae.head=clamp"], []),
-    "no polynomials, tanh (paper)": (["vae.head=tanh"], []),
+    "creases, learned pooling, subpixel decoder": ([], []),
+    "creases alone, no training": (["trainer.steps=1", "trainer.lr=0"], []),
+    "no creases, clamped": (["vae.head=clamp"], []),
+    "no creases, tanh (paper)": (["vae.head=tanh"], []),
     "pooling by the mean (paper)": (["vae.pooling=mean"], []),
     "symmetric decoder (paper)": (["vae.decoder=symmetric"], []),
     "released decoder": (["vae.decoder=released"], []),
-    "no polynomials, outside of the band taught +1 (released)": (["vae.head=tanh", "+vae.ext_target=released"], []),
+    "no creases, outside of the band taught +1 (released)": (["vae.head=tanh", "+vae.ext_target=released"], []),
     "no sharp loss": (["vae.lambda_sharp=0"], []),
     "occupancy head, pruned at 1/2": (["vae.occupancy=true"], ["prune=0.5"]),
     "trained at 256 and 512": (["resolutions=[256,512]"], []),
     "a hundredth of the KL": (["vae.lambda_kl=1e-5"], []),
-    "smooth L1 errors": (["vae.error=smooth_l1"], []),
-    "smooth L1, focus 0.5": (["vae.error=smooth_l1", "vae.focus=0.5"], []),
+    "all voxels alike": (["vae.focus=null"], []),
+    "squares, all alike (paper)": (["vae.error=squared", "vae.focus=null"], []),
     "AdamW (paper)": (["trainer.optimizer=adamw", "trainer.lr=1e-3"], []),
 }
 BASE = [
     "train=gpu-multi", "vae=compact", "data=prepared", "resolutions=[256]", "tokens=4000", "trainer.optimizer=muon",
-    "trainer.lr=3e-3", "trainer.warmup=50", "picture=false", "compile=false",
+    "trainer.lr=7e-4", "trainer.warmup=50", "picture=false", "compile=false",
 ]  # fmt: skip
 
 

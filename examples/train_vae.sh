@@ -21,7 +21,7 @@ for resolution in ${resolutions//,/ }; do
   done
 done
 python -m reference_model.train_vae train=gpu-multi "vae=$vae" data=prepared prepared="$out/prepared" out="$out/run" \
-  "resolutions=[$resolutions]" tokens=4000 trainer.optimizer=muon trainer.lr=3e-3 trainer.warmup=100 checkpointing=false workers="$workers" "$@"
+  "resolutions=[$resolutions]" tokens=4000 trainer.optimizer=muon trainer.lr=7e-4 trainer.warmup=100 checkpointing=false workers="$workers" "$@"
 held_out=$(python -c "from reference_model.cli import parse; print(','.join(parse('train_vae', ('out',), [])[0].held_out))")
 python -m reference_model.evaluate_vae meshes="$meshes" weights="$out/run/weights.safetensors" out="$out/scores" \
   "resolution=[$resolutions]" "names=[$held_out]" workers="$workers"

@@ -3,8 +3,8 @@
     volume [N voxels] → Encoder → Posterior [L,16] → sample → Decoder → a value at each of the 512 children of the L latents
                       ↘ fit of each cell ↗                   ↘ the values of the fit ↗
 
-Latents begin as what is fitted to a cell (`vae_patch`, `vae_crease`), which the network corrects on both sides: a smooth piece of surface
-then needs no learning, with creases neither does an edge or a thin wall. `head="tanh"` is the paper's output, without them.
+Latents begin as what is fitted to a cell (`vae_crease`, `vae_distance`), which the network corrects on both sides: a smooth piece of
+surface, an edge or a thin wall then needs no learning. `head="tanh"` is the paper's output, without them.
 
 `loss` is what a trainer minimises; `encode` and `decode` are the two halves. Letters: N band voxels, L latents, B samples, R resolution.
 """
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import ssa
 from reference_model.dataset import VolumeBatch
-from reference_model.vae_crease import PATCHES
+from reference_model.vae_crease import COEFFICIENTS
 from reference_model.vae_decoder import HALO, Decoder
+from reference_model.vae_distance import PATCHES
 from reference_model.vae_encoder import Encoder, EncoderPlan
 from reference_model.vae_flops import forward_flops
 from reference_model.vae_grid import check_latents, children_of_slots
 from reference_model.vae_loss import STEEPNESS, Targets, kl_divergence, make_targets, occupancy_loss, reconstruction_terms
-from reference_model.vae_patch import COEFFICIENTS
 from reference_model.volume import CELL
 
 CHOICES = {
@@ -46,11 +46,11 @@ class VAEConfig:
     window_size: int = 8  # latents; odd layers shift by half of it
     latent_channels: int = 16
     decoder: str = "subpixel"  # or "symmetric", "released": the blocks of `vae_blocks`
-    head: str = "polynomial"  # what the network corrects in each cell; or "crease": two pieces; "clamp", "tanh" (released): nothing
+    head: str = "crease"  # what the network corrects in each cell; or "distance"; or nothing: "clamp", "tanh" (released)
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     error: str = "squared"  # of a value; or "smooth_l1", which counts what is almost right for more: `vae_loss`
-    focus: float | None = None  # |t| of voxels that count half as much as those at the surface, in losses and fits; None: all alike
+    focus: float | None = None  # |t| of voxels that count half as much as those at the surface, in losses; None: all alike
     occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning
     conv_backend: str | None = None  # "torch", "triton", "spconv"; None: triton on CUDA, torch elsewhere
     lambda_in: float = 1.0
@@ -164,14 +164,14 @@ class SparseVAE(nn.Module):
 
     def flops(self, batch: VolumeBatch) -> float:
         """Operations of the matrix products of one uncropped forward, two a multiply-add; absent neighbours cost none. What is fitted
-        to cells (polynomials below 1 %, creases some 3 % of a small model, in float64) is left out.
+        to cells (in float64) is left out.
 
         It builds the structure of the batch once more: ask now and then, not every step.
         """
         return forward_flops(self, EncoderPlan.build(batch), self.partitions(batch.latents))
 
     def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], targets: Targets) -> Posterior:
-        patch = PATCHES[self.config.head].fit(targets) if self.config.head in PATCHES else None
+        patch = PATCHES[self.config.head].fit(targets, batch.resolution) if self.config.head in PATCHES else None
         return Posterior(*self.encoder(EncoderPlan.build(batch), partitions, _factor(batch.resolution), patch))
 
 

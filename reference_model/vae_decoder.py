@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 import ssa
 from reference_model.vae_blocks import ReleasedUpBlock, SubpixelUpBlock, UpBlock, position_code
-from reference_model.vae_crease import PATCHES
+from reference_model.vae_distance import PATCHES
 from reference_model.vae_encoder import GAIN, attend, attention_blocks
 from reference_model.vae_grid import Level, children_of_slots, find_latent_neighbors, slots_of_children
 from reference_model.vae_layers import Narrow, Widen, unit_linear
+from reference_model.volume import CELL
 
 if TYPE_CHECKING:
     from reference_model.vae import VAEConfig
@@ -63,7 +64,7 @@ class Decoder(nn.Module):
         level = Level.of(latents, neighbors, 1)
         kept: Tensor | None = None  # [L,edge^3] bool of the level, None: all
         logits: dict[int, Tensor] = {}
-        base = None if self.base is None else self.base.values(z).index_select(1, children_of_slots(x.device)).flatten()
+        base = None if self.base is None else self.base.values(z, grid * CELL).index_select(1, children_of_slots(x.device)).flatten()
         for i, (edge, block) in enumerate(zip(EDGES, self.up, strict=True)):
             finer = Level.of(latents, neighbors, edge, None if kept is None else kept.repeat_interleave(8, 1))
             if base is not None and edge == EDGES[-1]:

@@ -1,7 +1,7 @@
 """Encoder of the VAE: band voxels → mean and log variance of 16 channels at each latent (paper: arXiv 2505.17412, section 3.2).
 
 Linear 1→32; three residual blocks that halve the resolution, 32→64→128→512; Linear, position code, window attention at the latents,
-LayerNorm without weights, Linear. With head "polynomial" or "crease" the latents fitted to the cells enter before the attention and
+LayerNorm without weights, Linear. With head "crease" or "distance" the latents fitted to the cells enter before the attention and
 are added to the mean. GroupNorms take their statistics over a sample, so a sample is never cropped.
 """
 
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import ssa
 from reference_model.dataset import VolumeBatch
 from reference_model.vae_blocks import AttentionBlock, Children, Lift, down_block, position_code
-from reference_model.vae_crease import PATCHES
+from reference_model.vae_distance import PATCHES
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 from reference_model.vae_layers import unit_linear
 from reference_model.vae_loss import STEEPNESS

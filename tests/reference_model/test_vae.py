@@ -14,12 +14,12 @@ from reference_model.sparse_conv import SparseConv3d
 from reference_model.symmetry import apply_symmetry
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_blocks import AttentionBlock
+from reference_model.vae_crease import bases_of
 from reference_model.vae_loss import kl_divergence, make_targets, reconstruction_terms
-from reference_model.vae_patch import patch_basis
 
 FORMS = [
     dict(decoder="symmetric", pooling="mean", head="clamp"),
-    dict(decoder="subpixel", pooling="subpixel", head="polynomial"),
+    dict(decoder="subpixel", pooling="subpixel", head="crease"),
     dict(decoder="released", pooling="released", head="tanh"),
 ]
 TERMS = {"in": 1.0, "ext": 0.1, "sharp": 1.0, "kl": 1e-3}
@@ -52,10 +52,10 @@ def test_first_variance_follows_the_weight_of_the_kl():
 
     A small error costs 25 times as much in smooth L1.
     """
-    fresh = {weight: SparseVAE(VAEConfig(**TINY, head="polynomial", lambda_kl=weight)) for weight in (1e-3, 1e-5, 0.0)}
+    fresh = {weight: SparseVAE(VAEConfig(**TINY, head="crease", lambda_kl=weight)) for weight in (1e-3, 1e-5, 0.0)}
     first = {weight: model.encode(small_batch()).logvar.unique() for weight, model in fresh.items()}
     assert first[1e-3].tolist() == [-9] and first[1e-5].item() == pytest.approx(-13.605, abs=1e-3) and -30 < first[0.0].item() < -20
-    steep = SparseVAE(VAEConfig(**TINY, head="polynomial", error="smooth_l1")).encode(small_batch()).logvar.unique()
+    steep = SparseVAE(VAEConfig(**TINY, head="crease", error="smooth_l1")).encode(small_batch()).logvar.unique()
     assert steep.item() == pytest.approx(-12.219, abs=1e-3)
 
 
@@ -236,7 +236,7 @@ def test_flops(form):
 
 def test_training_after_inference():
     of_slots = (vae_grid.slot_coords, vae_grid.slots_of_children, vae_grid.children_of_slots)
-    for function in (*of_slots, vae_grid._beside, vae_grid._around, patch_basis):
+    for function in (*of_slots, vae_grid._beside, vae_grid._around, bases_of):
         function.cache_clear()
     model, batch = tiny_model(), small_batch()
     with torch.inference_mode():

@@ -1,21 +1,32 @@
-"""Two pieces a cell: edges, walls and slits come back, smooth cells stay of one piece, sides are kept, turns and batches change nothing."""
+"""Two pieces a cell, as polynomials or distances: edges, walls and slits come back, smooth cells stay of one piece; sides are kept."""
 
 import pytest
 import torch
 from analytic import box, sphere, torus, volume_of
 from vae_inputs import TINY, shapes, small_batch
 
-from reference_model import vae_crease
+from reference_model import vae_crease, vae_distance
 from reference_model.dataset import collate_volumes
 from reference_model.symmetry import apply_symmetry
 from reference_model.tiles import lattice
 from reference_model.vae import SparseVAE, VAEConfig
-from reference_model.vae_crease import PATCHES, crease_values, fit_creases
+from reference_model.vae_crease import COEFFICIENTS, GAIN
+from reference_model.vae_distance import PATCHES, Patch, distance_values
 from reference_model.vae_loss import Targets, make_targets, reconstruction_terms
-from reference_model.vae_patch import COEFFICIENTS, fit_patches, patch_values
 
 X = (lattice(8).float() - 3.5) / 3.5  # children in the frame of the cell
+FINE = 896  # where a distance grows by the step of X from child to child
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+
+
+@pytest.fixture(params=PATCHES)
+def head(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def patch(head: str) -> Patch:
+    return PATCHES[head]
 
 
 def targets_of(values: torch.Tensor) -> Targets:
@@ -29,79 +40,92 @@ def planes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     normals = torch.nn.functional.normalize(torch.randn(2, 20 * count, 3, generator=generator), dim=2)
     normals = normals[:, (normals[0] * normals[1]).sum(1) < 0.85][:, :count]
     offsets = 0.3 * torch.randn(2, count, 1, generator=generator)
-    first, second = (n @ X.T * 0.8 + o for n, o in zip(normals, offsets, strict=True))
+    first, second = (n @ X.T + o for n, o in zip(normals, offsets, strict=True))
     return first, second
 
 
-def near_error(latents: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def near_error(patch: Patch, latents: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """[L] root mean square of the error of voxels near the surface."""
     near = (values.abs() < 0.5).float()
-    error = (crease_values(latents) - values).square() * near
+    error = (patch.values(latents, FINE) - values).square() * near
     return (error.sum(1) / near.sum(1).clamp(min=1)).sqrt()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("meet", [torch.maximum, torch.minimum])
-def test_two_planes_come_back(meet, device: str):
+def test_two_planes_come_back(patch: Patch, meet, device: str):
     values = meet(*planes(200, 0)).to(device)
     values = values[((values.abs() < 0.5).sum(1) > 20) & ((values.abs() < 1).sum(1) > 150)]
     assert len(values) > 150
     targets = targets_of(values)
-    latents = fit_creases(targets)
-    errors, plain = near_error(latents, values), (patch_values(fit_patches(targets)) - values).abs()
-    assert errors.median() < 0.0017 and errors.quantile(0.97) < 0.004
-    assert plain[values.abs() < 0.5].median() > 4 * (crease_values(latents) - values).abs()[values.abs() < 0.5].median()
+    latents = patch.fit(targets, FINE)
+    errors = near_error(patch, latents, values)
+    assert errors.median() < 3e-4 and errors.quantile(0.97) < 1e-3
     creased = latents[:, 15] != 0
-    assert creased.float().mean() > 0.8
+    assert creased.float().mean() > 0.95
     assert (latents[creased, 15] == (1 if meet is torch.maximum else -1)).float().mean() > 0.9
-    beyond = (latents[creased, 10:15] @ vae_crease._bases(values.device).l.T > 0) & targets.band[creased]
-    assert (beyond.sum(1) < 0.5 * targets.band[creased].sum(1)).float().mean() > 0.95  # a is the piece of more voxels
+    beyond = (latents[creased, 10:15] @ vae_crease.bases_of(values.device).l[0].T > 0) & targets.band[creased]
+    assert (beyond.sum(1) < 0.5 * targets.band[creased].sum(1)).float().mean() > 0.9  # a is the piece of more voxels
+
+
+def test_what_two_pieces_cannot_hold_spoils_little(patch: Patch):
+    """Two planes and a third one that cuts a corner off: the two are found as if it were not there, which squares would not do."""
+    values = torch.maximum(*planes(400, 0))
+    third = torch.nn.functional.normalize(torch.randn(400, 3, generator=torch.Generator().manual_seed(1)), dim=1) @ X.T
+    third = third - third.amax(1, keepdim=True) + 0.45
+    cut, values = third > values, torch.maximum(values, third)
+    near = values.abs() < 0.25
+    share = (cut & near).sum(1) / near.sum(1).clamp(min=1)
+    rows = (near.sum(1) > 30) & (share > 0.03) & (share < 0.15) & ((values.abs() < 1).sum(1) > 150)
+    assert rows.sum() > 90
+    errors = (patch.values(patch.fit(targets_of(values[rows]), FINE), FINE) - values[rows]).abs()[(near & ~cut)[rows]]
+    assert errors.median() < 0.007 and (errors < vae_crease.BETA).float().mean() > 0.76
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_wall_and_a_slit_thinner_than_a_voxel_come_back(sign):
+def test_a_wall_and_a_slit_thinner_than_a_voxel_come_back(patch: Patch, sign):
     """Along an axis and askew; 0.2 of the cell's half edge is 0.7 voxels."""
     for direction in ((1.0, 0.0, 0.0), (1.0, 0.7, 0.3)):
         normal = torch.nn.functional.normalize(torch.tensor(direction), dim=0)
         values = sign * ((X @ normal + 0.05).abs() - 0.1)[None]
-        latents = fit_creases(targets_of(values))
+        latents = patch.fit(targets_of(values), FINE)
         assert latents[0, 15] == sign
-        assert (crease_values(latents) - values).abs()[values.abs() < 0.5].max() < 0.02
+        assert (patch.values(latents, FINE) - values).abs()[values.abs() < 0.5].max() < 0.02
 
 
-def test_smooth_cells_are_of_one_piece():
+def test_smooth_cells_are_of_one_piece(patch: Patch):
     """Where the band fills a cell; in corners of few voxels the sides of the others may ask for a second piece."""
     batch = collate_volumes([volume_of(sphere(0.5), 512), volume_of(torus(0.5, 0.25), 512)])
     targets = make_targets(batch)
-    latents = fit_creases(targets)
+    latents = patch.fit(targets, 512)
     assert (latents[targets.band.sum(1) > 100, 15] == 0).float().mean() > 0.95
     smooth = latents[latents[:, 15] == 0]
     assert (smooth[:, 10:15] == torch.tensor([-1.5, 0, 0, 0, 0])).all()
     noisy = smooth + 0.03 * torch.randn(smooth.shape, generator=torch.Generator().manual_seed(0))
     noisy[:, :10] = smooth[:, :10]
-    assert torch.equal(crease_values(noisy), crease_values(smooth))  # noise does not bring a crease to life
-    assert reconstruction_terms(crease_values(latents), targets)["in"] < 0.01**2
+    wanted = patch.values(smooth, 512)
+    assert torch.equal(patch.values(noisy, 512)[wanted.abs() < 1], wanted[wanted.abs() < 1])  # noise does not bring a crease to life
+    assert reconstruction_terms(patch.values(latents, 512), targets)["in"] < 0.01**2
 
 
-def test_sides_are_kept():
+def test_sides_are_kept(patch: Patch):
     """Outside of the band nothing changes sides, of a box with its edges as of all small shapes."""
     for batch in (collate_volumes([volume_of(box(0.4), 256)]), small_batch()):
         targets = make_targets(batch)
-        assert ((crease_values(fit_creases(targets)) * targets.values > 0)[~targets.band]).float().mean() > 0.999
+        assert ((patch.values(patch.fit(targets, 256), 256) * targets.values > 0)[~targets.band]).float().mean() > 0.999
 
 
-@pytest.mark.parametrize("focus", [None, 0.5])
-def test_latents_and_values_of_a_fresh_model_are_those_of_the_fit(focus):
-    model, batch = SparseVAE(VAEConfig(**TINY, head="crease", focus=focus)), small_batch()
-    latents = fit_creases(make_targets(batch, focus=focus))
+def test_latents_and_values_of_a_fresh_model_are_those_of_the_fit(head: str, patch: Patch):
+    model, batch = SparseVAE(VAEConfig(**TINY, head=head)), small_batch()
+    latents = patch.fit(make_targets(batch), 256)
     with torch.no_grad():
         assert torch.equal(model.encode(batch).mean, latents)
-        assert torch.equal(model.decode(latents, batch.latents, 256), crease_values(latents).clamp(-1, 1))
+        assert torch.equal(model.decode(latents, batch.latents, 256), patch.values(latents, 256).clamp(-1, 1))
 
 
-def test_gradients_reach_every_weight():
+def test_gradients_reach_every_weight(head: str):
     torch.manual_seed(0)
-    model, batch = SparseVAE(VAEConfig(**TINY, head="crease", error="smooth_l1", focus=0.5)), small_batch()
+    model, batch = SparseVAE(VAEConfig(**TINY, head=head, error="smooth_l1", focus=0.5)), small_batch()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)
@@ -109,26 +133,78 @@ def test_gradients_reach_every_weight():
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-def test_turned_with_the_volume():
+def test_turned_with_the_volume(patch: Patch):
     """The bases are their own image under the symmetries of the cube: the fit of an image is the image of the fit."""
     volume = shapes()[2]
     for symmetry in (7, 30, 47):
         errors = []
         for v in (volume, apply_symmetry(volume, symmetry)):
             targets = make_targets(collate_volumes([v]))
-            errors.append(reconstruction_terms(crease_values(fit_creases(targets)), targets))
+            errors.append(reconstruction_terms(patch.values(patch.fit(targets, 256), 256), targets))
         assert errors[0]["in"].item() == pytest.approx(errors[1]["in"].item(), rel=1e-3), symmetry
 
 
-def test_fitted_in_pieces_as_at_once(monkeypatch):
+def test_fitted_in_pieces_as_at_once(patch: Patch, monkeypatch):
     targets = make_targets(small_batch())
-    whole = fit_creases(targets)
-    monkeypatch.setattr(vae_crease, "_ROWS", 7)
-    torch.testing.assert_close(crease_values(fit_creases(targets)), crease_values(whole), rtol=0, atol=1e-3)
+    whole = patch.fit(targets, 256)
+    for module in (vae_crease, vae_distance):
+        monkeypatch.setattr(module, "ROWS", 7)
+    torch.testing.assert_close(patch.values(patch.fit(targets, 256), 256), patch.values(whole, 256), rtol=0, atol=1e-3)
 
 
-def test_nothing_at_all():
+def test_nothing_at_all(patch: Patch):
     none = targets_of(torch.zeros(0, 512))
-    for patch in PATCHES.values():
-        assert patch.fit(none).shape == (0, COEFFICIENTS)
-        assert patch.values(torch.zeros(0, COEFFICIENTS)).shape == (0, 512)
+    assert patch.fit(none, 256).shape == (0, COEFFICIENTS)
+    assert patch.values(torch.zeros(0, COEFFICIENTS), 256).shape == (0, 512)
+
+
+def test_bases_are_orthonormal():
+    bases = vae_crease.bases_of(torch.device("cpu"))
+    for basis in (bases.wide_a, bases.wide_l):
+        assert (basis.T @ basis / 512 - torch.eye(basis.shape[1])).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("resolution", [256, 512])
+def test_smooth_surfaces_need_no_network(resolution, head: str):
+    """A fresh model decodes what it encodes: the distance to a tenth of a voxel, and every child on its side."""
+    torch.manual_seed(0)
+    model = SparseVAE(VAEConfig(**TINY, head=head))
+    batch = collate_volumes([volume_of(sphere(0.3, (0.2, 0.1, 0.0)), resolution), volume_of(torus(0.3, 0.15), resolution)])
+    with torch.no_grad():
+        decoded = model.decode(model.encode(batch).mean, batch.latents, resolution)
+    targets = make_targets(batch)
+    voxel = 256 / resolution  # in units of the band's half width
+    assert reconstruction_terms(decoded, targets)["in"] < (0.1 * voxel) ** 2
+    assert (decoded * targets.values > 0)[~targets.band].float().mean() > 0.999
+
+
+def test_the_head_needs_its_channels():
+    with pytest.raises(ValueError, match="head crease needs 16 latent channels, got self.latent_channels=8"):
+        VAEConfig(**TINY, latent_channels=8)
+    with pytest.raises(ValueError, match='ext_target "released" needs head'):
+        VAEConfig(**TINY, ext_target="released")
+    with pytest.raises(ValueError, match="head must be one of"):
+        VAEConfig(**TINY, head="linear")
+
+
+def test_the_derivatives_of_distances():
+    """What Gauss-Newton steps follow, against autograd of the values."""
+    generator = torch.Generator().manual_seed(0)
+    coefficients = 0.3 * torch.randn(20, 15, generator=generator)
+    s = torch.randint(-1, 2, (20, 1), generator=generator).float()
+
+    def values(x: torch.Tensor) -> torch.Tensor:
+        return distance_values(torch.cat((GAIN * x, s), 1), 512)
+
+    y, jacobian = vae_distance._linearised(coefficients.double(), s.double(), vae_distance._slope(512))
+    assert torch.allclose(y.float(), values(coefficients), atol=1e-5)
+    wanted = torch.autograd.functional.jacobian(lambda x: values(x).sum(0), coefficients, vectorize=True)  # [512,20,15]
+    assert (jacobian - wanted.transpose(0, 1)).abs().max() < 1e-3 * wanted.abs().max()
+
+
+def test_a_sphere_is_nearer_as_distances():
+    """A polynomial of degree 2 is zero on a sphere, and its distances are closer to those of the sphere than any polynomial."""
+    targets = make_targets(collate_volumes([volume_of(sphere(0.1), 512)]))
+    near = targets.band & (targets.values.abs() < 0.5)
+    errors = {name: (p.values(p.fit(targets, 512), 512) - targets.values).abs()[near].mean() for name, p in PATCHES.items()}
+    assert errors["distance"] < 0.5 * errors["crease"]

@@ -29,7 +29,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, dict(head="distance")])
 def test_a_batch_is_its_samples(form):
     model, volumes = tiny_model(**form), shapes()
     batch = collate_volumes(volumes)

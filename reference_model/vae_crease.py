@@ -8,6 +8,7 @@ smaller of a and a - l: an edge inwards, or a slit. A cell of one piece has l < 
 children and map to themselves under the 48 symmetries of the cube. `vae_distance` makes distances of the pieces.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -31,7 +32,7 @@ _PRICE = 1e-4  # mean error by which two pieces must be better than one
 _OUTSIDE, _OUTER = 0.03, 5e-3
 TIE = 1e-4  # what is nearer to a tie counts as one: how a matrix product rounds, say with the size of a batch, then decides nothing
 _AWAY = -0.75  # l of a cell of one piece
-ROWS = 1 << 12  # latents fitted at once, in about 2 GB
+_ROWS = 1 << 12  # latents fitted at once
 
 
 class Bases(NamedTuple):
@@ -112,9 +113,14 @@ def fit_creases(targets: Targets) -> Tensor:
     to and with smaller weights for what stays far off (iteratively reweighted), whichever comes nearest in any round; two pieces begin with
     the two directions in which the values rise.
     """
+    return in_parts(lambda part: as_latents(*fit_pieces(part, Wanted.of(part, _NEAR))), targets)
+
+
+def in_parts(fit: Callable[[Targets], Tensor], targets: Targets) -> Tensor:
+    """What `fit` says of the latents, of so many at once that they need some 2 GB; without autocast."""
     with torch.autocast(targets.values.device.type, enabled=False):
-        parts = [targets.rows(slice(i, i + ROWS)) for i in range(0, max(len(targets.values), 1), ROWS)]
-        return torch.cat([as_latents(*fit_pieces(part, Wanted.of(part, _NEAR))) for part in parts])
+        parts = range(0, max(len(targets.values), 1), _ROWS)
+        return torch.cat([fit(targets.rows(slice(i, i + _ROWS))) for i in parts])
 
 
 def as_latents(coefficients: Tensor, s: Tensor) -> Tensor:
@@ -155,12 +161,12 @@ def _solve(weights: Tensor, second: Tensor, values: Tensor, bases: Bases) -> tup
     aa, al, ll = aa.view(-1, SMOOTH, SMOOTH), al.view(-1, SMOOTH, BEND), ll.view(-1, BEND, BEND)
     matrix = torch.cat((torch.cat((aa, al), 2), torch.cat((al.mT, ll), 2)), 1)
     right = torch.cat(((weights * values) @ bases.wide_a[0], (both * values) @ bases.wide_l[0]), 1)
-    solution = solve(matrix, right).float()
+    solution = solve_ridge(matrix, right).float()
     return solution[:, :SMOOTH], solution[:, SMOOTH:]
 
 
-def solve(matrix: Tensor, right: Tensor, damping: float | Tensor = 0.0) -> Tensor:
-    """[L,n]; damping [L,1]. The ridge and the damping are those of orthonormal bases: they do not depend on how a cell is turned."""
+def solve_ridge(matrix: Tensor, right: Tensor, damping: float | Tensor = 0.0) -> Tensor:
+    """x [L,n] of (matrix + ridge + damping) x = right; damping [L,1]. Of orthonormal bases: neither depends on how a cell is turned."""
     ridge = torch.full_like(right, RIDGE) + damping
     return torch.linalg.solve_ex(matrix + ridge.diag_embed(), right)[0]  # solve would wait for the device to look for singular ones
 

@@ -2,8 +2,8 @@
 
     value(x) = clamp(d(a) + s relu(s d(b) - s d(a)), -1, 1)      b = a + s l      d(f) = f / |slope of f| * slope of a distance
 
-(Taubin 1991, "Estimation of planar curves, surfaces, and nonplanar space curves", section 4.) A polynomial of degree 2 then holds its piece
-of surface as well as one of higher degree that has to be the distance itself. Signs are those of a and b.
+(Taubin 1991, "Estimation of planar curves, surfaces, and nonplanar space curves", section 4.) Near a curved surface that
+is closer than a polynomial of degree 2 that has to be the distance itself. Signs are those of a and b.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,6 @@ from reference_model.vae_crease import (
     BEND,
     GAIN,
     RIDGE,
-    ROWS,
     SMOOTH,
     TIE,
     Wanted,
@@ -25,7 +24,8 @@ from reference_model.vae_crease import (
     crease_values,
     fit_creases,
     fit_pieces,
-    solve,
+    in_parts,
+    solve_ridge,
 )
 from reference_model.vae_loss import Targets
 from reference_model.volume import TAU
@@ -69,15 +69,14 @@ def distance_values(z: Tensor, resolution: int) -> Tensor:
 @torch.no_grad()
 def fit_distances(targets: Targets, resolution: int) -> Tensor:
     """Latents [L,16] float32: those of `fit_creases`, and from there damped Gauss-Newton on distances (Levenberg-Marquardt)."""
-    latents = []
-    with torch.autocast(targets.values.device.type, enabled=False):
-        for i in range(0, max(len(targets.values), 1), ROWS):
-            part = targets.rows(slice(i, i + ROWS))
-            wanted = Wanted.of(part, _NEAR)
-            coefficients, s = fit_pieces(part, wanted)
-            better = _refine(coefficients.double(), s.double(), Wanted(*(x.double() for x in wanted)), _slope(resolution))
-            latents.append(as_latents(better.float(), s))
-    return torch.cat(latents)
+
+    def fit(part: Targets) -> Tensor:
+        wanted = Wanted.of(part, _NEAR)
+        coefficients, s = fit_pieces(part, wanted)
+        better = _refine(coefficients.double(), s.double(), Wanted(*(x.double() for x in wanted)), _slope(resolution))
+        return as_latents(better.float(), s)
+
+    return in_parts(fit, targets)
 
 
 def _refine(coefficients: Tensor, s: Tensor, wanted: Wanted, slope: float) -> Tensor:
@@ -88,7 +87,7 @@ def _refine(coefficients: Tensor, s: Tensor, wanted: Wanted, slope: float) -> Te
         weighted = (jacobian * wanted.weights(y)[:, :, None]).mT
         matrix = weighted @ jacobian
         right = (weighted @ (wanted.values - y)[:, :, None])[:, :, 0] - RIDGE * coefficients
-        new = coefficients + solve(matrix, right, damping * matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
+        new = coefficients + solve_ridge(matrix, right, damping * matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
         y_new, jacobian_new = _linearised(new, s, slope)
         found = wanted.loss(y_new)
         better = found < least - TIE**2

@@ -53,7 +53,7 @@ def near_error(patch: Patch, latents: torch.Tensor, values: torch.Tensor) -> tor
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("meet", [torch.maximum, torch.minimum])
-def test_two_planes_come_back(patch: Patch, meet, device: str):
+def test_two_planes_come_back(head: str, patch: Patch, meet, device: str):
     values = meet(*planes(200, 0)).to(device)
     values = values[((values.abs() < 0.5).sum(1) > 20) & ((values.abs() < 1).sum(1) > 150)]
     assert len(values) > 150
@@ -64,8 +64,9 @@ def test_two_planes_come_back(patch: Patch, meet, device: str):
     creased = latents[:, 15] != 0
     assert creased.float().mean() > 0.95
     assert (latents[creased, 15] == (1 if meet is torch.maximum else -1)).float().mean() > 0.9
+    least = 0.95 if head == "crease" else 0.9  # steps on distances move the crease
     beyond = (latents[creased, 10:15] @ vae_crease.bases_of(values.device).l[0].T > 0) & targets.band[creased]
-    assert (beyond.sum(1) < 0.5 * targets.band[creased].sum(1)).float().mean() > 0.9  # a is the piece of more voxels
+    assert (beyond.sum(1) < 0.5 * targets.band[creased].sum(1)).float().mean() > least  # a is the piece of more voxels
 
 
 def test_what_two_pieces_cannot_hold_spoils_little(patch: Patch):
@@ -115,9 +116,10 @@ def test_sides_are_kept(patch: Patch):
         assert ((patch.values(patch.fit(targets, 256), 256) * targets.values > 0)[~targets.band]).float().mean() > 0.999
 
 
-def test_latents_and_values_of_a_fresh_model_are_those_of_the_fit(head: str, patch: Patch):
-    model, batch = SparseVAE(VAEConfig(**TINY, head=head)), small_batch()
-    latents = patch.fit(make_targets(batch), 256)
+@pytest.mark.parametrize("focus", [None, 0.5])
+def test_latents_and_values_of_a_fresh_model_are_those_of_the_fit(head: str, patch: Patch, focus):
+    model, batch = SparseVAE(VAEConfig(**TINY, head=head, focus=focus)), small_batch()
+    latents = patch.fit(make_targets(batch, focus=focus), 256)
     with torch.no_grad():
         assert torch.equal(model.encode(batch).mean, latents)
         assert torch.equal(model.decode(latents, batch.latents, 256), patch.values(latents, 256).clamp(-1, 1))
@@ -147,8 +149,7 @@ def test_turned_with_the_volume(patch: Patch):
 def test_fitted_in_pieces_as_at_once(patch: Patch, monkeypatch):
     targets = make_targets(small_batch())
     whole = patch.fit(targets, 256)
-    for module in (vae_crease, vae_distance):
-        monkeypatch.setattr(module, "ROWS", 7)
+    monkeypatch.setattr(vae_crease, "_ROWS", 7)
     torch.testing.assert_close(patch.values(patch.fit(targets, 256), 256), patch.values(whole, 256), rtol=0, atol=1e-3)
 
 

@@ -46,7 +46,7 @@ class VAEConfig:
     window_size: int = 8  # latents; odd layers shift by half of it
     latent_channels: int = 16
     decoder: str = "subpixel"  # or "symmetric", "released": the blocks of `vae_blocks`
-    head: str = "crease"  # what the network corrects in each cell; or "distance"; or nothing: "clamp", "tanh" (released)
+    head: str = "distance"  # what the network corrects in each cell; or "crease"; or nothing: "clamp", "tanh" (released)
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     error: str = "squared"  # of a value; or "smooth_l1", which counts what is almost right for more: `vae_loss`

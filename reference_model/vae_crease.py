@@ -32,7 +32,7 @@ _PRICE = 1e-4  # mean error by which two pieces must be better than one
 _OUTSIDE, _OUTER = 0.03, 5e-3
 TIE = 1e-4  # what is nearer to a tie counts as one: how a matrix product rounds, say with the size of a batch, then decides nothing
 _AWAY = -0.75  # l of a cell of one piece
-_ROWS = 1 << 12  # latents fitted at once
+_ROWS = 1 << 13  # latents fitted at once
 
 
 class Bases(NamedTuple):
@@ -117,7 +117,7 @@ def fit_creases(targets: Targets) -> Tensor:
 
 
 def in_parts(fit: Callable[[Targets], Tensor], targets: Targets) -> Tensor:
-    """What `fit` says of the latents, of so many at once that they need some 2 GB; without autocast."""
+    """What `fit` says of the latents, of so many at once that they need some 4 GB; without autocast."""
     with torch.autocast(targets.values.device.type, enabled=False):
         parts = range(0, max(len(targets.values), 1), _ROWS)
         return torch.cat([fit(targets.rows(slice(i, i + _ROWS))) for i in parts])

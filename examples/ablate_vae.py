@@ -22,14 +22,14 @@ from reference_model.cli import parse
 
 # name → settings of train_vae, settings of evaluate_vae
 VARIANTS: dict[str, tuple[list[str], list[str]]] = {
-    "distances, learned pooling, subpixel decoder": ([], []),
-    "distances alone, no training": (["trainer.steps=1", "trainer.lr=0"], []),
-    "no distances, clamped": (["vae.head=clamp"], []),
-    "no distances, tanh (paper)": (["vae.head=tanh"], []),
+    "pieces, learned pooling, subpixel decoder": ([], []),
+    "pieces alone, no training": (["trainer.steps=1", "trainer.lr=0"], []),
+    "no pieces, clamped": (["vae.head=clamp"], []),
+    "no pieces, tanh (paper)": (["vae.head=tanh"], []),
     "pooling by the mean (paper)": (["vae.pooling=mean"], []),
     "symmetric decoder (paper)": (["vae.decoder=symmetric"], []),
     "released decoder": (["vae.decoder=released"], []),
-    "no distances, outside of the band taught +1 (released)": (["vae.head=tanh", "+vae.ext_target=released"], []),
+    "no pieces, outside of the band taught +1 (released)": (["vae.head=tanh", "+vae.ext_target=released"], []),
     "no sharp loss": (["vae.lambda_sharp=0"], []),
     "occupancy head, pruned at 1/2": (["vae.occupancy=true"], ["prune=0.5"]),
     "trained at 256 and 512": (["resolutions=[256,512]"], []),

@@ -3,8 +3,8 @@
     volume [N voxels] → Encoder → Posterior [L,16] → sample → Decoder → a value at each of the 512 children of the L latents
                       ↘ fit of each cell ↗                   ↘ the values of the fit ↗
 
-Latents begin as what is fitted to a cell (`vae_crease`, `vae_distance`), which the network corrects on both sides: a smooth piece of
-surface, an edge or a thin wall then needs no learning. `head="tanh"` is the paper's output, without them.
+Latents begin as what is fitted to a cell (`vae_pieces`, `vae_fit`), which the network corrects on both sides: a smooth piece of
+surface, an edge, a corner or a thin wall then needs no learning. `head="tanh"` is the paper's output, without them.
 
 `loss` is what a trainer minimises; `encode` and `decode` are the two halves. Letters: N band voxels, L latents, B samples, R resolution.
 """
@@ -18,8 +18,8 @@ import ssa
 from reference_model.dataset import VolumeBatch
 from reference_model.vae_crease import COEFFICIENTS
 from reference_model.vae_decoder import HALO, Decoder
-from reference_model.vae_distance import PATCHES
 from reference_model.vae_encoder import Encoder, EncoderPlan
+from reference_model.vae_fit import PATCHES
 from reference_model.vae_flops import forward_flops
 from reference_model.vae_grid import check_latents, children_of_slots
 from reference_model.vae_loss import STEEPNESS, Targets, kl_divergence, make_targets, occupancy_loss, reconstruction_terms
@@ -46,7 +46,7 @@ class VAEConfig:
     window_size: int = 8  # latents; odd layers shift by half of it
     latent_channels: int = 16
     decoder: str = "subpixel"  # or "symmetric", "released": the blocks of `vae_blocks`
-    head: str = "distance"  # what the network corrects in each cell; or "crease"; or nothing: "clamp", "tanh" (released)
+    head: str = "pieces"  # what the network corrects in each cell; or "crease", of older weights; or nothing: "clamp", "tanh" (released)
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     error: str = "squared"  # of a value; or "smooth_l1", which counts what is almost right for more: `vae_loss`

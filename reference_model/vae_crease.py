@@ -83,6 +83,12 @@ class Wanted(NamedTuple):
     def rows(self, index: Tensor) -> "Wanted":
         return Wanted(*(x[index] for x in self))
 
+    def repeat(self, times: int) -> "Wanted":
+        return Wanted(*(x.repeat(times, 1) for x in self))
+
+    def double(self) -> "Wanted":
+        return Wanted(*(x.double() for x in self))
+
     def loss(self, y: Tensor) -> Tensor:
         """[L], what is to be least."""
         y = torch.where(self.share > 0, y, y.clamp(-1, 1))
@@ -134,8 +140,8 @@ def fit_pieces(targets: Targets, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """Coefficients [L,15] and s [L,1] of a + s relu(l)."""
     bases, count = bases_of(targets.values.device), len(targets.values)
     s = torch.tensor([0.0, 1.0, -1.0], device=targets.values.device).repeat_interleave(count)[:, None]  # all three kinds at once
-    three = wanted.rows(torch.arange(count, device=s.device).repeat(3))
-    second, weights = _second_piece(targets).repeat(3, 1) & (s != 0), three.share
+    three = wanted.repeat(3)
+    second, weights = second_piece(targets).repeat(3, 1) & (s != 0), three.share
     best, least = s.new_zeros(3 * count, SMOOTH + BEND), torch.full_like(s[:, 0], torch.inf)
     for _ in range(_ROUNDS):
         a, l = _solve(weights, second.float(), three.values, bases)
@@ -171,12 +177,12 @@ def solve_ridge(matrix: Tensor, right: Tensor, damping: float | Tensor = 0.0) ->
     return torch.linalg.solve_ex(matrix + ridge.diag_embed(), right)[0]  # solve would wait for the device to look for singular ones
 
 
-def _second_piece(targets: Targets) -> Tensor:
+def second_piece(targets: Targets) -> Tensor:
     """[L,512] bool: children whose values rise in the rarer one of two directions, the means of two groups round the two most unlike.
 
     Children without a slope go with the second group.
     """
-    rise, known = _slopes(targets.values, targets.band)
+    rise, known = slopes(targets.values, targets.band)
     weight = known * targets.weights
 
     def at(child: Tensor) -> Tensor:
@@ -195,7 +201,7 @@ def _second_piece(targets: Targets) -> Tensor:
     return first == fewer[:, None]
 
 
-def _slopes(values: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
+def slopes(values: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
     """Unit directions [L,512,3] in which values rise, from differences within the band of a cell, and where there are some [L,512]."""
     grid, inside = values.view(-1, *(CELL,) * 3), band.view(-1, *(CELL,) * 3)
     slopes, known = [], inside

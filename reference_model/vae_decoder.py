@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ssa
 from reference_model.vae_blocks import ReleasedUpBlock, SubpixelUpBlock, UpBlock, position_code
-from reference_model.vae_distance import PATCHES
 from reference_model.vae_encoder import GAIN, attend, attention_blocks
+from reference_model.vae_fit import PATCHES
 from reference_model.vae_grid import Level, children_of_slots, find_latent_neighbors, slots_of_children
 from reference_model.vae_layers import Narrow, Widen, unit_linear
 from reference_model.volume import CELL
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
             level = finer
         values = self.head(x)
         if base is not None:
-            values = values + base
+            values = base + self.base.unit * values
         if self.bounded:
             values = values.tanh()
         if level.places is not None:

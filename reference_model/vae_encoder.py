@@ -1,8 +1,9 @@
 """Encoder of the VAE: band voxels → mean and log variance of 16 channels at each latent (paper: arXiv 2505.17412, section 3.2).
 
 Linear 1→32; three residual blocks that halve the resolution, 32→64→128→512; Linear, position code, window attention at the latents,
-LayerNorm without weights, Linear. With head "crease" or "distance" the latents fitted to the cells enter before the attention and
-are added to the mean. GroupNorms take their statistics over a sample, so a sample is never cropped.
+LayerNorm without weights, Linear. With head "pieces" or "crease" the latents fitted to the cells enter before the attention and
+are added to the mean, but for the last, the kind of the cell, which stays as it is. GroupNorms take their statistics over a sample, so a
+sample is never cropped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import ssa
 from reference_model.dataset import VolumeBatch
 from reference_model.vae_blocks import AttentionBlock, Children, Lift, down_block, position_code
-from reference_model.vae_distance import PATCHES
+from reference_model.vae_fit import PATCHES
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 from reference_model.vae_layers import unit_linear
 from reference_model.vae_loss import STEEPNESS
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from reference_model.vae import VAEConfig
 
 EDGES = (4, 2, 1)
+_KIND_LOGVAR = -9.0
 GAIN = 2.0  # of what the position code is added to, so that it is not drowned
 
 
@@ -89,6 +91,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(down_block(a, b, config.pooling, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
         self.linear = unit_linear(config.hidden_size, config.hidden_size, GAIN)
         self.patch = unit_linear(config.latent_channels, config.hidden_size) if config.head in PATCHES else None
+        self.unit = PATCHES[config.head].unit if config.head in PATCHES else 1.0
         self.blocks = attention_blocks(config)
         self.moments = unit_linear(config.hidden_size, 2 * config.latent_channels)
         with torch.no_grad():  # a standard deviation of 0.14 at first: a decoder learns little from noise
@@ -117,7 +120,9 @@ class Encoder(nn.Module):
             x = x + self.patch(patch)
         x = attend(self.blocks, x, partitions, run)
         mean, logvar = self.moments(F.layer_norm(x, x.shape[1:])).float().chunk(2, 1)
-        return mean if patch is None else mean + patch, logvar.clamp(-30, 20)
+        if patch is not None:  # no gradient would hold the kind of a cell, the last number, where it is
+            mean, logvar = patch + self.unit * F.pad(mean[:, :-1], (0, 1)), F.pad(logvar[:, :-1], (0, 1), value=_KIND_LOGVAR)
+        return mean, logvar.clamp(-30, 20)
 
     @staticmethod
     def _checkpointed(function, *args):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import ssa
-from reference_model.vae_distance import PATCHES
 from reference_model.vae_encoder import EncoderPlan
+from reference_model.vae_fit import PATCHES
 from reference_model.vae_grid import Level
 from reference_model.volume import CELL
 

@@ -1,0 +1,102 @@
+"""A cell of 8^3 voxels as 16 numbers of up to three pieces of surface, without a network: what the VAE's network then corrects.
+
+    value(x) = outer(d(f0), inner(d(f1), d(f2)))    d(f) = f / |slope of f| * slope of a distance    outer, inner: the larger or the smaller
+
+d is how far it is to where f is zero, to first order (Taubin 1991, "Estimation of planar curves, surfaces, and nonplanar space curves",
+section 4); its clamping to [-1, 1] is no part of what numbers have to tell. Of the 16 numbers 15 make the three polynomials, as the last
+one, the kind, says: a has all 10 coefficients of degree up to 2, each b has 5, degree up to 1 and |x|^2.
+
+    one      f0 = f1 = f2 = a                 a smooth piece of surface
+    two      f0 = a, f1 = f2 = a + b          an edge
+    wall     f0 = a, f1 = f2 = b - a          both sides of a wall, or of a slit, which bend alike
+    three    f0 = b0, f1 = b1, f2 = b2        a corner, or an edge beside another surface
+
+The bases are orthonormal over the children and span the same under the 48 symmetries of the cube. `vae_fit` finds the numbers.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reference_model.vae_crease import BEND, COEFFICIENTS, GAIN, SMOOTH, TIE, bases_of
+from reference_model.volume import CELL, TAU
+
+NUMBERS = COEFFICIENTS - 1
+STEP = 0.5  # from kind to kind in a latent: noise must not make one of another
+FLAT = 0.3  # of the slope of a distance: what is flatter is none, as the middle of a wall
+# (form, outer, inner) of kind k - 4: k < 0 has the smaller of the outer two, k > 0 the larger
+FORMS = ("one", "two", "wall", "three", "three")
+ONE = len(FORMS) - 1
+
+
+class Kinds(NamedTuple):
+    maps: Tensor  # [9,3,10,15]: numbers to the coefficients of f0, f1, f2
+    outer: Tensor  # [9]: 1 the larger, -1 the smaller
+    inner: Tensor  # [9]
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def kinds_of(device: torch.device, dtype: torch.dtype) -> Kinds:
+    bases = bases_of(torch.device("cpu"))
+    a = torch.eye(SMOOTH, NUMBERS).double()
+    b_in_a = bases.wide_a[0].T @ bases.wide_l[0] / CELL**3  # [10,5]
+
+    def b(first: int) -> Tensor:
+        return torch.cat((torch.zeros(SMOOTH, first), b_in_a, torch.zeros(SMOOTH, NUMBERS - BEND - first)), 1)
+
+    forms = {
+        "one": (a, a, a), "two": (a, *2 * (a + b(SMOOTH),)), "wall": (a, *2 * (b(SMOOTH) - a,)), "three": (b(0), b(BEND), b(2 * BEND)),
+    }  # fmt: skip
+    signs = [(1 if k > 0 else -1, abs(k)) for k in range(-ONE, ONE + 1)]
+    maps = torch.stack([torch.stack(forms[FORMS[form]]) for _, form in signs])
+    outer = torch.tensor([float(sign) for sign, _ in signs])
+    inner = torch.tensor([float(-sign if form == ONE else sign) for sign, form in signs])
+    return Kinds(maps.to(device, dtype), outer.to(device, dtype), inner.to(device, dtype))
+
+
+def slope_of(resolution: int) -> float:
+    """Of a distance, in tau from child to child."""
+    return 2 / (resolution * TAU)
+
+
+def polynomials(numbers: Tensor, kind: Tensor) -> Tensor:
+    """Numbers [L,15] of kinds [L] int64 in 0…8 → coefficients [3,L,10] of f0, f1, f2."""
+    return torch.einsum("lpab,lb->pla", kinds_of(numbers.device, numbers.dtype).maps[kind], numbers)
+
+
+def fields(coefficients: Tensor) -> Tensor:
+    """[3,L,10] → [3,4,L,512]: values and slopes at the children."""
+    bases = bases_of(coefficients.device)
+    basis = bases.wide_a if coefficients.dtype == torch.float64 else bases.a
+    return coefficients[:, None] @ basis.mT
+
+
+def sizes(fields: Tensor, slope: float) -> Tensor:
+    """[3,L,512] of the slopes, in that of a distance."""
+    return (fields[:, 1:] / slope).square().sum(1).clamp(min=FLAT**2).sqrt()
+
+
+def piece_at(d: Tensor, kind: Tensor) -> Tensor:
+    """Which of d [3,L,512] speaks at each child [L,512]: 0, 1 or 2; the first where they say the same."""
+    kinds = kinds_of(d.device, d.dtype)
+    outer, inner = kinds.outer[kind, None], kinds.inner[kind, None]
+    last = inner * (d[2] - d[1]) > TIE
+    return torch.where(outer * (torch.where(last, d[2], d[1]) - d[0]) > TIE, 1 + last.long(), 0)
+
+
+def as_latents(numbers: Tensor, kind: Tensor) -> Tensor:
+    """Numbers [L,15] and kinds [L] → [L,16]."""
+    return torch.cat((GAIN * numbers, STEP * (kind - ONE)[:, None].to(numbers)), 1)
+
+
+def piece_values(z: Tensor, resolution: int) -> Tensor:
+    """Latents [L,16] → values [L,512] float32 of their pieces, not clamped. No gradient reaches the kind."""
+    with torch.autocast(z.device.type, enabled=False):
+        numbers = z[:, :NUMBERS].float() / GAIN
+        kind = (z[:, NUMBERS].detach().float() / STEP).round().clamp(-ONE, ONE).long() + ONE
+        f = fields(polynomials(numbers, kind))
+        d = f[:, 0] / sizes(f, slope_of(resolution))
+        return d.gather(0, piece_at(d.detach(), kind)[None])[0]

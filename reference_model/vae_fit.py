@@ -94,9 +94,9 @@ def _several(targets: Targets, wanted: Wanted, slope: float) -> Fit:
     kind, piece = (torch.cat(x) for x in zip(*begun, strict=True))
     found = _least_squares(kind, piece, wanted.repeat(len(begun)))
     own = torch.arange(count, device=second.device)
-    order = (found.least.view(-1, count) / TIE**2).round().argsort(dim=0, stable=True)[:_REFINED]
+    order = (found.least.view(len(begun), count) / TIE**2).round().argsort(dim=0, stable=True)[:_REFINED]
     refined = _refine(found.rows((order * count + own).flatten()), wanted.repeat(_REFINED), slope)
-    first = (refined.least.view(-1, count) / TIE**2).round().argmin(0)
+    first = (refined.least.view(_REFINED, count) / TIE**2).round().argmin(0)
     return refined.rows(first * count + own)
 
 
@@ -177,7 +177,7 @@ def _three(targets: Targets, wanted: Wanted, slope: float) -> tuple[Tensor, Tens
     tried = torch.tensor(kinds, device=kind.device).repeat_interleave(count)
     d = torch.cat([d[list(order)] for order in orders], 1)
     piece = piece_at(d, tried)
-    least = wanted.repeat(len(kinds)).loss(d.gather(0, piece[None])[0]).view(-1, count)
+    least = wanted.repeat(len(kinds)).loss(d.gather(0, piece[None])[0]).view(len(kinds), count)
     best = (least / TIE**2).round().argmin(0) * count + torch.arange(count, device=kind.device)
     return tried[best], piece[best]
 

@@ -70,18 +70,21 @@ def test_two_planes_come_back(head: str, patch: Patch, meet, device: str):
         assert (beyond.sum(1) < 0.5 * targets.band[creased].sum(1)).float().mean() > 0.95  # a is the piece of more voxels
 
 
-def test_what_two_pieces_cannot_hold_spoils_little(patch: Patch):
-    """Two planes and a third one that cuts a corner off: the two are found as if it were not there, which squares would not do."""
-    values = torch.maximum(*planes(400, 0))
-    third = torch.nn.functional.normalize(torch.randn(400, 3, generator=torch.Generator().manual_seed(1)), dim=1) @ X.T
-    third = third - third.amax(1, keepdim=True) + 0.45
-    cut, values = third > values, torch.maximum(values, third)
+def test_what_pieces_cannot_hold_spoils_little(head: str, patch: Patch):
+    """Two planes, and corners that others cut off: the two are found as if those were not there, which squares would not do."""
+    values = torch.maximum(*planes(600, 0))
+    generator, cut = torch.Generator().manual_seed(1), torch.zeros_like(values, dtype=torch.bool)
+    for _ in range({"crease": 1, "pieces": 3}[head]):
+        other = torch.nn.functional.normalize(torch.randn(600, 3, generator=generator), dim=1) @ X.T
+        other = other - other.amax(1, keepdim=True) + 0.45
+        cut, values = cut | (other > values), torch.maximum(values, other)
     near = values.abs() < 0.25
     share = (cut & near).sum(1) / near.sum(1).clamp(min=1)
     rows = (near.sum(1) > 30) & (share > 0.03) & (share < 0.15) & ((values.abs() < 1).sum(1) > 150)
-    assert rows.sum() > 90
+    assert rows.sum() > 130
     errors = (patch.values(patch.fit(targets_of(values[rows]), FINE), FINE) - values[rows]).abs()[(near & ~cut)[rows]]
-    assert errors.median() < 0.007 and (errors < vae_crease.BETA).float().mean() > 0.76
+    small, most = {"crease": (vae_crease.BETA, 0.76), "pieces": (vae_crease.BETA / 4, 0.9)}[head]
+    assert errors.median() < 0.007 and (errors < small).float().mean() > most
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

@@ -42,14 +42,14 @@ from reference_model.vae_pieces import (
 )
 from reference_model.volume import CELL
 
-_NEAR = 0.2  # |t| of band voxels that count half
+_NEAR = 0.35  # voxels from the surface where a voxel counts half
 _PRICE = 3e-4  # mean error by which several pieces must be better than one
 _ROUNDS = 6  # of least squares
 _REFINED = 2  # beginnings that go on
 _STEPS = 8
-_DAMPING, _RISE, _FALL = 1e-3, 8.0, 0.2  # of a step, and what it is multiplied by after one that fails or succeeds
+_DAMPING, _RISE, _FALL = 1e-4, 8.0, 0.2  # of a step, and what it is multiplied by after one that fails or succeeds
 _GROUPED = 0.2  # of the largest weight: lighter voxels begin no group
-_APART = 0.5  # of a distance in tau beside the difference of two unit directions
+_APART = 0.25  # of a distance in tau beside the difference of two unit directions
 
 
 class Fit(NamedTuple):
@@ -75,7 +75,8 @@ def fit_cells(targets: Targets, resolution: int) -> Tensor:
 
 
 def _fit(targets: Targets, resolution: int) -> Tensor:
-    wanted, slope = Wanted.of(targets, _NEAR).double(), slope_of(resolution)
+    slope = slope_of(resolution)  # also the size of a voxel
+    wanted = Wanted.of(targets, _NEAR * slope).double()
     kind = torch.full_like(targets.band[:, 0], ONE, dtype=torch.int64)
     best = _refine(_least_squares(kind, torch.zeros_like(targets.band, dtype=torch.int64), wanted), wanted, slope)
     hard = (best.least > _PRICE).nonzero().flatten()

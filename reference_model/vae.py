@@ -50,7 +50,7 @@ class VAEConfig:
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     error: str = "squared"  # of a value; or "smooth_l1", which counts what is almost right for more: `vae_loss`
-    focus: float | None = None  # |t| of voxels that count half, in losses and as a fit begins; None: all count alike
+    focus: float | None = None  # |t| of voxels that count half, in losses and as creases begin; None: all count alike
     occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning
     conv_backend: str | None = None  # "torch", "triton", "spconv"; None: triton on CUDA, torch elsewhere
     lambda_in: float = 1.0

@@ -141,7 +141,7 @@ def fit_pieces(targets: Targets, wanted: Wanted) -> tuple[Tensor, Tensor]:
     bases, count = bases_of(targets.values.device), len(targets.values)
     s = torch.tensor([0.0, 1.0, -1.0], device=targets.values.device).repeat_interleave(count)[:, None]  # all three kinds at once
     three = wanted.repeat(3)
-    second, weights = second_piece(targets).repeat(3, 1) & (s != 0), three.share
+    second, weights = second_piece(targets, targets.weights).repeat(3, 1) & (s != 0), three.share
     best, least = s.new_zeros(3 * count, SMOOTH + BEND), torch.full_like(s[:, 0], torch.inf)
     for _ in range(_ROUNDS):
         a, l = _solve(weights, second.float(), three.values, bases)
@@ -177,13 +177,13 @@ def solve_ridge(matrix: Tensor, right: Tensor, damping: float | Tensor = 0.0) ->
     return torch.linalg.solve_ex(matrix + ridge.diag_embed(), right)[0]  # solve would wait for the device to look for singular ones
 
 
-def second_piece(targets: Targets) -> Tensor:
+def second_piece(targets: Targets, weights: Tensor) -> Tensor:
     """[L,512] bool: children whose values rise in the rarer one of two directions, the means of two groups round the two most unlike.
 
     Children without a slope go with the second group.
     """
     rise, known = slopes(targets.values, targets.band)
-    weight = known * targets.weights
+    weight = known * weights
 
     def at(child: Tensor) -> Tensor:
         return rise.gather(1, child[:, None, None].expand(-1, 1, 3))[:, 0]

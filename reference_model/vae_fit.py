@@ -89,7 +89,7 @@ def _fit(targets: Targets, resolution: int) -> Tensor:
 def _several(targets: Targets, wanted: Wanted, slope: float) -> Fit:
     """Of more than one piece."""
     count = len(targets.values)
-    second = second_piece(targets).long()
+    second = second_piece(targets, wanted.share.float()).long()
     begun = [(torch.full_like(second[:, 0], kind), second) for kind in (ONE - 2, ONE - 1, ONE + 1, ONE + 2)]
     begun.append(_three(targets, wanted, slope))
     kind, piece = (torch.cat(x) for x in zip(*begun, strict=True))

@@ -40,6 +40,7 @@ class Decoder(nn.Module):
         self.occupancy = nn.ModuleList(nn.Linear(c, 1) for c in widths[1:-1]) if config.occupancy else None
         self.head = unit_linear(widths[-1], 1, kind=Narrow)
         self.bounded, self.patch, self.base = config.head == "tanh", None, PATCHES.get(config.head)
+        self.unit = 1.0 if self.base is None else self.base.unit
         if self.base is not None:
             self.patch = Widen(1, widths[-1])  # of the base's values, for the last block to see
             nn.init.zeros_(self.head.weight)  # at first the base speaks alone
@@ -85,7 +86,7 @@ class Decoder(nn.Module):
             level = finer
         values = self.head(x)
         if base is not None:
-            values = base + self.base.unit * values
+            values = base + self.unit * values
         if self.bounded:
             values = values.tanh()
         if level.places is not None:

@@ -78,7 +78,8 @@ def _fit(targets: Targets, resolution: int) -> Tensor:
     slope = slope_of(resolution)  # also the size of a voxel
     wanted = Wanted.of(targets, _NEAR * slope).double()
     kind = torch.full_like(targets.band[:, 0], ONE, dtype=torch.int64)
-    best = _refine(_least_squares(kind, torch.zeros_like(targets.band, dtype=torch.int64), wanted), wanted, slope)
+    best = _least_squares(kind, torch.zeros_like(targets.band, dtype=torch.int64), wanted, pieces=1)
+    best = _refine(best, wanted, slope, pieces=1)
     hard = (best.least > _PRICE).nonzero().flatten()
     several = _several(targets.rows(hard), wanted.rows(hard), slope)
     better = several.least < best.least[hard] - _PRICE
@@ -101,13 +102,13 @@ def _several(targets: Targets, wanted: Wanted, slope: float) -> Fit:
     return refined.rows(first * count + own)
 
 
-def _least_squares(kind: Tensor, piece: Tensor, wanted: Wanted) -> Fit:
+def _least_squares(kind: Tensor, piece: Tensor, wanted: Wanted, pieces: int = 3) -> Fit:
     """The best polynomials of these kinds [L] found in a few rounds that begin with the piece [L,512] of each child."""
     basis, weights = bases_of(kind.device).wide_a[0], wanted.share
     best = Fit(weights.new_zeros(len(kind), NUMBERS), kind, torch.full_like(weights[:, 0], torch.inf))
     for _ in range(_ROUNDS):
-        numbers = _solve(weights, piece, wanted.values, kind)
-        d = polynomials(numbers, kind) @ basis.T
+        numbers = _solve(weights, piece, wanted.values, kind, pieces)
+        d = polynomials(numbers, kind, pieces) @ basis.T
         piece = piece_at(d, kind)
         y = d.gather(0, piece[None])[0]
         found = Fit(numbers, kind, wanted.loss(y))
@@ -116,36 +117,36 @@ def _least_squares(kind: Tensor, piece: Tensor, wanted: Wanted) -> Fit:
     return best
 
 
-def _solve(weights: Tensor, piece: Tensor, values: Tensor, kind: Tensor) -> Tensor:
+def _solve(weights: Tensor, piece: Tensor, values: Tensor, kind: Tensor, pieces: int = 3) -> Tensor:
     """Numbers [L,15] of least squares in which each child belongs to the polynomial of its piece; the others [L,512]."""
     bases = bases_of(kind.device)
-    own = _of_pieces(weights, piece)
+    own = _of_pieces(weights, piece, pieces)
     return solve_ridge(*_system((own @ bases.aa).unflatten(2, (SMOOTH, SMOOTH)), (own * values[:, None]) @ bases.wide_a[0], kind))
 
 
-def _of_pieces(weights: Tensor, piece: Tensor) -> Tensor:
-    """[L,3,512]: the weights of the children of each piece."""
-    return torch.stack([weights * (piece == i) for i in range(3)], 1)
+def _of_pieces(weights: Tensor, piece: Tensor, pieces: int) -> Tensor:
+    """[L,p,512]: the weights of the children of each piece."""
+    return torch.stack([weights * (piece == i) for i in range(pieces)], 1)
 
 
 def _system(grams: Tensor, right: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-    """Normal equations of the polynomials, [L,3,10,10] and [L,3,10] → those of the numbers, [L,15,15] and [L,15]."""
-    maps = kinds_of(grams.device, grams.dtype).maps[kind]
+    """Normal equations of the polynomials, [L,p,10,10] and [L,p,10] → those of the numbers, [L,15,15] and [L,15]."""
+    maps = kinds_of(grams.device, grams.dtype).maps[kind, : grams.shape[1]]
     return (maps.mT @ grams @ maps).sum(1), torch.einsum("lpab,lpa->lb", maps, right)
 
 
-def _refine(fit: Fit, wanted: Wanted, slope: float) -> Fit:
+def _refine(fit: Fit, wanted: Wanted, slope: float, pieces: int = 3) -> Fit:
     """Better numbers for the formula with distances. In float64: which step is taken must not depend on how sums are rounded."""
-    y, piece, rows = _linearised(fit, slope)
+    y, piece, rows = _linearised(fit, slope, pieces)
     fit = fit._replace(least=wanted.loss(y))
     damping = torch.full_like(fit.least, _DAMPING)
     for _ in range(_STEPS):
-        own = _of_pieces(wanted.weights(y), piece)
+        own = _of_pieces(wanted.weights(y), piece, pieces)
         grams = torch.stack([(rows * weights[..., None]).mT @ rows for weights in own.unbind(1)], 1)
         matrix, right = _system(grams, (own * (wanted.values - y)[:, None]) @ rows, fit.kind)
         mean = matrix.diagonal(dim1=1, dim2=2).mean(1)
         new = fit._replace(numbers=fit.numbers + solve_ridge(matrix, right - RIDGE * fit.numbers, (damping * mean)[:, None]))
-        y_new, piece_new, rows_new = _linearised(new, slope)
+        y_new, piece_new, rows_new = _linearised(new, slope, pieces)
         new = new._replace(least=wanted.loss(y_new))
         better = new.least < fit.least - TIE**2
         damping = damping * torch.where(better, _FALL, _RISE)
@@ -154,9 +155,9 @@ def _refine(fit: Fit, wanted: Wanted, slope: float) -> Fit:
     return fit
 
 
-def _linearised(fit: Fit, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+def _linearised(fit: Fit, slope: float, pieces: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     """Values [L,512], whose piece says so [L,512], and derivatives [L,512,10] by the coefficients of that piece's polynomial."""
-    f = fields(polynomials(fit.numbers, fit.kind))
+    f = fields(polynomials(fit.numbers, fit.kind, pieces))
     size = sizes(f, slope)
     d = f[:, 0] / size
     piece = piece_at(d, fit.kind)

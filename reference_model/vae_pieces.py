@@ -62,25 +62,27 @@ def slope_of(resolution: int) -> float:
     return 2 / (resolution * TAU)
 
 
-def polynomials(numbers: Tensor, kind: Tensor) -> Tensor:
-    """Numbers [L,15] of kinds [L] int64 in 0…8 → coefficients [3,L,10] of f0, f1, f2."""
-    return torch.einsum("lpab,lb->pla", kinds_of(numbers.device, numbers.dtype).maps[kind], numbers)
+def polynomials(numbers: Tensor, kind: Tensor, pieces: int = 3) -> Tensor:
+    """Numbers [L,15] of kinds [L] int64 in 0…8 → coefficients [3,L,10] of f0, f1, f2; or [1,L,10] of f0, where all are of one piece."""
+    return torch.einsum("lpab,lb->pla", kinds_of(numbers.device, numbers.dtype).maps[kind, :pieces], numbers)
 
 
 def fields(coefficients: Tensor) -> Tensor:
-    """[3,L,10] → [3,4,L,512]: values and slopes at the children."""
+    """[p,L,10] → [p,4,L,512]: values and slopes at the children."""
     bases = bases_of(coefficients.device)
     basis = bases.wide_a if coefficients.dtype == torch.float64 else bases.a
     return coefficients[:, None] @ basis.mT
 
 
 def sizes(fields: Tensor, slope: float) -> Tensor:
-    """[3,L,512] of the slopes, in that of a distance."""
+    """[p,L,512] of the slopes, in that of a distance."""
     return (fields[:, 1:] / slope).square().sum(1).clamp(min=FLAT**2).sqrt()
 
 
 def piece_at(d: Tensor, kind: Tensor) -> Tensor:
-    """Which of d [3,L,512] speaks at each child [L,512]: 0, 1 or 2; the first where they say the same."""
+    """Which of d [p,L,512] speaks at each child [L,512]: 0, 1 or 2; the first where they say the same."""
+    if len(d) == 1:
+        return torch.zeros_like(d[0], dtype=torch.int64)
     kinds = kinds_of(d.device, d.dtype)
     outer, inner = kinds.outer[kind, None], kinds.inner[kind, None]
     last = inner * (d[2] - d[1]) > TIE

@@ -69,7 +69,7 @@ class Fit(NamedTuple):
 def fit_cells(targets: Targets, resolution: int) -> Tensor:
     """Latents [L,16] float32 near to the band voxels, the more the nearer these are to the surface, that keep the side of other children.
 
-    The other children of a cell with one piece within `_PRICE` are not asked for more: several cannot be better by that.
+    A cell that one piece fits to within `_PRICE` is not tried with more: several could not be better by that.
     """
     return in_parts(lambda part: _fit(part, resolution), targets)
 

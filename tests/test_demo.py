@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 
 import ssa
 from benchmarks.voxels import surface_voxels
-from examples import ablate_vae, demo, picture, plot_training, round_trip
+from examples import ablate_vae, demo, picture, plot_training, round_trip, train_full
 from reference_model.cli import parse
 from reference_model.vae import VAEConfig
 
@@ -133,3 +133,21 @@ def test_every_variant_of_the_ablation_is_a_model_and_has_a_row():
     row = {"name": "a variant", "loss": {"step": 7, "in": 0.1, "ext": 0.2, "sharp": 0.3}, "gaps": gaps}
     last = ablate_vae.table([row], 0.5).splitlines()[-1]
     assert last == "| a variant | 7 | 0.1000 | 0.2000 | 0.3000 | 1.50 | 1.50 | 1.50 | 1.50 | 1.50 | 2 of 4 |"
+
+
+def test_the_full_training_keeps_held_out_meshes_first_and_mixes_the_rest(tmp_path, monkeypatch):
+    for name in ("meshes/spot.obj", "meshes/a.obj", "shapes/x/b.ply", "copies/0/c.ply", "copies/0/d.ply"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    paths = [tmp_path / f"list_{seed}.csv" for seed in range(6)]
+    for seed, path in enumerate(paths):
+        train_full.write_list(tmp_path / "meshes", tmp_path, ["spot"], 4, seed, path)
+    found = [[Path(line).stem for line in path.read_text().splitlines()[1:]] for path in paths]
+    assert all(stems[0] == "spot" and len(set(stems)) == 4 for stems in found) and len({tuple(stems) for stems in found}) > 1
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    several = train_full.launch("out=x")
+    assert several[several.index("--nproc-per-node") + 1] == "2" and several[-2:] == ["reference_model.train_vae", "out=x"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert train_full.launch("out=x")[1:] == ["-m", "reference_model.train_vae", "out=x"]
+    config, _ = parse("train_vae", ("out",), train_full.RECIPE)
+    assert config.patch_latents == 24 and VAEConfig(**config.vae).hidden_size == 512

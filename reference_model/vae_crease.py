@@ -5,7 +5,7 @@
 Near one smooth piece of surface a distance is close to a polynomial, and its clamping is no part of what 16 numbers have to tell. With
 s = 1 the value is that of the larger of the pieces a and a + l: an edge outwards, or a wall with air on both sides; with s = -1 of the
 smaller of a and a - l: an edge inwards, or a slit. A cell of one piece has l < 0 everywhere and s = 0. The bases are orthonormal over the
-children and map to themselves under the 48 symmetries of the cube. `vae_distance` makes distances of the pieces.
+children and map to themselves under the 48 symmetries of the cube. Weights older than `vae_pieces` begin so.
 """
 
 from collections.abc import Callable

@@ -81,9 +81,10 @@ def _fit(targets: Targets, resolution: int) -> Tensor:
     best = _least_squares(kind, torch.zeros_like(targets.band, dtype=torch.int64), wanted, pieces=1)
     best = _refine(best, wanted, slope, pieces=1)
     hard = (best.least > _PRICE).nonzero().flatten()
-    several = _several(targets.rows(hard), wanted.rows(hard), slope)
-    better = several.least < best.least[hard] - _PRICE
-    best = Fit(*(x.index_copy(0, hard, y) for x, y in zip(best, best.rows(hard).where(better, several), strict=True)))
+    if len(hard):
+        several = _several(targets.rows(hard), wanted.rows(hard), slope)
+        better = best.rows(hard).where(several.least < best.least[hard] - _PRICE, several)
+        best = Fit(*(x.index_copy(0, hard, y) for x, y in zip(best, better, strict=True)))
     return as_latents(best.numbers.float(), best.kind)
 
 

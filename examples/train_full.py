@@ -23,7 +23,8 @@ from reference_model.cli import parse
 from reference_model.shapes import FAMILIES
 from reference_model.sources import find_sources
 
-PLAIN = ("lattice", "minimal", "nested")  # heavy, or of many pieces: one of each of the first two, no copies
+SINGLE = ("lattice", "minimal")  # heavy: one shape of each, no copies
+NO_COPIES = (*SINGLE, "nested")  # of many pieces
 BLADES = 8  # times as many of the thinnest family
 RECIPE = [
     "train=gpu-multi", "vae=full", "vae.focus=0.2", "data=prepared", "tokens=7000", "patch_latents=24", "patch_tokens=800",
@@ -39,9 +40,9 @@ def make_meshes(meshes: Path, out: Path, count: int, pool: ThreadPoolExecutor) -
     for family in FAMILIES:
         for part in range(BLADES if family == "blade" else 1):
             folder = out / "shapes" / f"{family}_{part}"
-            number = 1 if family in PLAIN[:2] else count
+            number = 1 if family in SINGLE else count
             jobs.append(("shapes", f"out={folder}", f"families={family}", f"count={number}", f"seed={part * count}"))
-            folders += [folder] * (family not in PLAIN)
+            folders += [folder] * (family not in NO_COPIES)
     for seed, least in [(0, 0.4), (1, 0.4), (2, 0.4), (3, 0.4), (100, 0.03), (101, 0.03), (102, 0.03)]:
         jobs.append(("variants", f"meshes={meshes}", f"out={out / 'copies' / str(seed)}", "count=1", f"seed={seed}", f"least={least}"))
     run_all(pool, jobs)
@@ -92,7 +93,8 @@ def main() -> None:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below: they are as many as there are cores
-    held = list(parse("train_vae", ("out",), [])[0].held_out)
+    parse("train_vae", ("init",), [*RECIPE, *settings])  # a mistake is told before the volumes are made
+    held = list(parse("train_vae", (), [])[0].held_out)
     share = max(1, options.workers // len(options.resolutions))
     plan = list(zip(options.resolutions, options.volumes, range(len(options.volumes)), strict=True))
     drawn = [r for r, chance in zip(options.resolutions, options.chances, strict=True) for _ in range(chance)]

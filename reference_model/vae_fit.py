@@ -80,7 +80,7 @@ def _fit(targets: Targets, resolution: int) -> Tensor:
     kind = torch.full_like(targets.band[:, 0], ONE, dtype=torch.int64)
     best = _least_squares(kind, torch.zeros_like(targets.band, dtype=torch.int64), wanted, pieces=1)
     best = _refine(best, wanted, slope, pieces=1)
-    hard = (best.least > _PRICE).nonzero().flatten()
+    hard = (best.least > _PRICE).nonzero().flatten()  # the one wait for the device
     if len(hard):
         several = _several(targets.rows(hard), wanted.rows(hard), slope)
         better = best.rows(hard).where(several.least < best.least[hard] - _PRICE, several)

@@ -18,7 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reference_model.cli import parse
+from reference_model.dataset import find_prepared
+from reference_model.distributed import Ranks
+from reference_model.vae_fits import keep_fits
 
 # name → settings of train_vae, settings of evaluate_vae
 VARIANTS: dict[str, tuple[list[str], list[str]]] = {
@@ -57,7 +62,9 @@ def run_variant(options: argparse.Namespace, names: str, variant: tuple[str, tup
     out = options.out / name.split(" (")[0].replace(" ", "_").replace("/", "_").replace(",", "")
     schedule = [f"trainer.minutes={options.minutes}", f"trainer.schedule_minutes={options.minutes}", "trainer.validate_every=100000"]
     if not (out / "scores" / "scores.json").exists():
-        command("train_vae", *BASE, *schedule, *training, f"prepared={options.prepared}", f"out={out}", f"workers={options.workers}")
+        begun = [] if any(setting.startswith("vae.head=") for setting in training) else [f"fits={options.out / 'fits'}"]
+        data = [f"prepared={options.prepared}", *begun, f"workers={options.workers}"]
+        command("train_vae", *BASE, *schedule, *training, *data, f"out={out}")
         paths = [f"meshes={options.meshes}", f"weights={out / 'weights.safetensors'}", f"out={out / 'scores'}"]
         paths += [f"volumes={options.out / 'volumes'}", f"names=[{names}]"]
         more = ["resolution=[256]", f"workers={options.workers}", "pictures=false"]
@@ -93,6 +100,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_args()
     held_out = ",".join(parse("train_vae", ("out",), [])[0].held_out)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_fits(find_prepared(options.prepared), options.out / "fits", device, Ranks())  # once, not by each job
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for row in pool.map(partial(run_variant, options, held_out), [(name, VARIANTS[name]) for name in options.only]):

@@ -107,7 +107,7 @@ def main() -> None:
 
     def train() -> None:
         minutes = [f"trainer.minutes={options.minutes}", f"trainer.schedule_minutes={options.minutes}"]
-        paths = [f"prepared={out / 'prepared'}", f"out={out / 'run'}"]
+        paths = [f"prepared={out / 'prepared'}", f"fits={out / 'fits'}", f"out={out / 'run'}"]
         drawing = [f"resolutions={drawn}".replace(" ", ""), f"workers={max(1, options.workers // 2)}"]
         subprocess.run(launch(*RECIPE, *minutes, *paths, *drawing, *settings), check=True)
 

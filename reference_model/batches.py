@@ -22,6 +22,7 @@ from reference_model.packed import PackedBatch, PackedVolume, read_packed
 from reference_model.patches import STEP, draw_patch
 from reference_model.resample import resample
 from reference_model.symmetry import turn_batch
+from reference_model.vae_fits import read_fit
 from reference_model.volume import Volume, load_volume, save_volume, without_margin
 
 _PATIENCE = 200  # draws in a row that may be of no use
@@ -45,9 +46,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """Volumes on disk, each as likely: those of the resolution asked for, else the finest ones resampled."""
+    """Volumes on disk, each as likely: those of the resolution asked for, else the finest ones resampled.
+
+    fits: where `keep_fits` left what the model would else fit to the cells of each batch anew; nothing of what is resampled.
+    """
 
     volumes: tuple[PreparedVolume, ...]
+    fits: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.volumes:
@@ -55,7 +60,8 @@ class PreparedSource:
 
     @property
     def identity(self) -> str:
-        return "\n".join(sorted(f"{v.path.name} {v.geometry} {v.resolution} {v.voxels}" for v in self.volumes))
+        kept = ["fits"] * (self.fits is not None)  # turned ones are not bit for bit fits of what is turned
+        return "\n".join([*sorted(f"{v.path.name} {v.geometry} {v.resolution} {v.voxels}" for v in self.volumes), *kept])
 
     @cached_property
     def _by_resolution(self) -> dict[int, list[PreparedVolume]]:
@@ -66,10 +72,13 @@ class PreparedSource:
 
     def draw(self, rng: np.random.Generator, resolution: int) -> Volume | PackedVolume:
         group = self._by_resolution.get(resolution) or self._by_resolution[max(self._by_resolution)]
-        chosen = group[int(rng.integers(len(group)))]
-        if chosen.resolution == resolution and not (packed := read_packed(chosen.path)).margin:
-            return packed
-        return load_at(chosen.path, resolution)
+        return self.read(group[int(rng.integers(len(group)))], resolution)
+
+    def read(self, volume: PreparedVolume, resolution: int) -> Volume | PackedVolume:
+        """The volume at this resolution, with its fit where that is kept."""
+        if volume.resolution == resolution and not (packed := read_packed(volume.path)).margin:
+            return packed if self.fits is None else replace(packed, fit=read_fit(self.fits, volume))
+        return load_at(volume.path, resolution)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class VolumeBatch:
     cu_latents: Tensor  # [B+1] int32, bounds of the samples among latents
     meta: tuple[Mapping[str, str], ...]
     dropped: int = 0  # volumes drawn for it and left out for their size
+    fit: Tensor | None = None  # [L,16] float32, what `vae_fit` says of the cells, where it is kept (`vae_fits`)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """What the VAE costs: `python -m reference_model.measure_vae out=DIRECTORY [weights=PATH] [conv_backend=triton] [memory_gb=80]`.
 
 Volumes are concentric spheres: how many decides the number of latents. For each resolution: a training step (forward and backward in bf16,
-the decoder asked in one crop where `crop_from` says so; `checkpointing` and `compile` as in training), encoding, and decoding in chunks
-for each precision.
+the decoder asked in one crop where `crop_from` says so; `checkpointing` and `compile` as in training), also with fits that are kept,
+encoding, and decoding in chunks for each precision. Spheres are fitted faster than what has edges: one piece a cell is enough.
 Times are medians after warm-up, synchronised; peaks are what torch allocated beyond the weights. Writes `measure.json` and `measure.md`.
 """
 
@@ -12,6 +12,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from reference_model.tiles import lattice
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_blocks import compile_fused
 from reference_model.vae_decode import decode_volume, load_vae
+from reference_model.vae_fit import PATCHES
+from reference_model.vae_loss import make_targets
 from reference_model.volume import CELL, TAU, Volume, voxel_centers
 
 _PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -84,13 +88,16 @@ def measure_one(model: SparseVAE, volume: Volume, config: Any, device: torch.dev
     """Rows of one volume: train, encode and decode at each precision."""
     batch = collate_volumes([volume]).to(device)
     facts = {"resolution": volume.resolution, "latents": len(volume.latents), "voxels": len(volume.coords)}
-    rows = []
+    rows, head = [], model.config.head
     crop = config.crop_latents if volume.resolution >= config.crop_from else None
     if facts["latents"] <= config.train_latents:
-        cost = measure(lambda: train_step(model.train(), batch, crop), device, config.repeats)
+        kept = replace(batch, fit=PATCHES[head].fit(make_targets(batch), volume.resolution)) if head in PATCHES else None
         passes = 4 if config.checkpointing else 3  # forward, perhaps again, and a backward of two
-        operations = {} if crop else {"tflops": passes * 1e-9 * model.flops(batch) / cost["ms"]}
-        rows.append(facts | {"what": "training step", "precision": "bf16", "crop": crop} | cost | operations)
+        for what, given in {"training step": batch, "training step, fits kept": kept}.items():
+            if given is not None:
+                cost = measure(partial(train_step, model.train(), given, crop), device, config.repeats)
+                operations = {} if crop else {"tflops": passes * 1e-9 * model.flops(batch) / cost["ms"]}
+                rows.append(facts | {"what": what, "precision": "bf16", "crop": crop} | cost | operations)
         model.zero_grad(set_to_none=True)
     latents = batch.latents[:, 1:]
     model.eval()

@@ -26,6 +26,7 @@ class PackedVolume:
     y_up: bool
     margin: float
     meta: Mapping[str, str]
+    fit: Tensor | None = None  # [L,16] float32, of `VolumeBatch`
 
     @property
     def latents(self) -> Tensor:
@@ -51,10 +52,11 @@ class PackedBatch:
     resolution: int
     meta: tuple[Mapping[str, str], ...]
     dropped: int = 0
+    fit: Tensor | None = None
 
     @staticmethod
     def of(volumes: Sequence[PackedVolume], dropped: int = 0) -> "PackedBatch":
-        """The volumes in their order, on the host; ValueError unless they are of one resolution."""
+        """The volumes in their order, on the host, with a fit if each has one; ValueError unless they are of one resolution."""
         resolutions = {v.resolution for v in volumes}
         if len(resolutions) != 1:
             raise ValueError(f"a batch needs volumes of one resolution, got {sorted(resolutions)}")
@@ -64,7 +66,9 @@ class PackedBatch:
         tensors = {name: _join_bits(x, bits[name]) if name in bits else torch.cat(x) for name, x in parts.items()}
         cu_seqlens, cu_latents = (torch.tensor([0, *counts]).cumsum(0).int() for counts in (voxels, latents))
         levels, meta = torch.tensor([v.levels for v in volumes]), tuple(v.meta for v in volumes)
-        return PackedBatch(tensors, cu_seqlens, cu_latents, levels, volumes[0].resolution, meta, dropped)
+        fits = [v.fit for v in volumes if v.fit is not None]
+        fit = torch.cat(fits) if len(fits) == len(volumes) else None
+        return PackedBatch(tensors, cu_seqlens, cu_latents, levels, volumes[0].resolution, meta, dropped, fit)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -73,7 +77,8 @@ class PackedBatch:
         return {"tokens": tokens, "voxels": voxels, "samples": len(self.meta), "dropped": self.dropped}
 
     def pin_memory(self) -> "PackedBatch":
-        return replace(self, tensors={name: x.pin_memory() for name, x in self.tensors.items()}, levels=self.levels.pin_memory())
+        fit = None if self.fit is None else self.fit.pin_memory()
+        return replace(self, tensors={name: x.pin_memory() for name, x in self.tensors.items()}, levels=self.levels.pin_memory(), fit=fit)
 
     def unpack(self, device: torch.device | str, non_blocking: bool = False) -> VolumeBatch:
         """The batch with its rows on the device; the bounds of the samples stay on the host."""
@@ -91,6 +96,7 @@ class PackedBatch:
         return VolumeBatch(
             self.resolution, coords, values, _bits(x["sharp"])[: len(values)], latents, latent_index.int(), inside,
             self.cu_seqlens, self.cu_latents, self.meta, self.dropped,
+            None if self.fit is None else self.fit.to(device, non_blocking=non_blocking),
         )  # fmt: skip
 
 

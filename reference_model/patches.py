@@ -50,7 +50,8 @@ def select_packed(volume: PackedVolume, keep: Tensor) -> PackedVolume:
         "sharp": np.packbits(_bits_at(x["sharp"], voxels)),
         "inside": np.packbits(_bits_at(x["inside"], others)),
     }
-    return replace(volume, tensors={name: torch.from_numpy(a) for name, a in selected.items()})
+    fit = None if volume.fit is None else volume.fit[keep]
+    return replace(volume, tensors={name: torch.from_numpy(a) for name, a in selected.items()}, fit=fit)
 
 
 def _members(counts: NDArray, rows: NDArray) -> NDArray:

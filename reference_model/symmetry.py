@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reference_model.dataset import VolumeBatch, collate_volumes
 from reference_model.tiles import CELL, lattice
+from reference_model.vae_pieces import turn_latents, turning
 from reference_model.volume import Volume, child_index
 
 
@@ -71,6 +72,7 @@ def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device 
             {**meta, "symmetry": str(_after(i, int(meta.get("symmetry", 0))))}
             for meta, i in zip(batch.meta, indices, strict=True)
         ),
+        fit=None if moved.fit is None else turn_latents(moved.fit, _turns(chosen.device)[chosen][sample])[order],
     )  # fmt: skip
 
 
@@ -83,6 +85,13 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
         axes, flipped = matrix.abs().argmax(1).tolist(), [a for a in range(3) if matrix[a].sum() < 0]
         moved.append(torch.arange(CELL**3).view(CELL, CELL, CELL).permute(axes).flip(flipped).flatten())
     return symmetries().to(device), torch.stack(moved).to(device)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _turns(device: torch.device) -> Tensor:
+    """[48,2,15,15]: what each motion does to a fit."""
+    return turning(_tables(device)[1])
 
 
 @lru_cache(maxsize=48 * 48)

@@ -22,11 +22,13 @@ from reference_model.cli import optional_import, parse
 from reference_model.dataset import PreparedVolume, VolumeBatch, collate_volumes, find_prepared
 from reference_model.distributed import Ranks
 from reference_model.extract import extract_mesh
+from reference_model.packed import PackedBatch, PackedVolume
 from reference_model.train_settings import TrainSettings
 from reference_model.trainer import Trainer
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_blocks import compile_fused
 from reference_model.vae_decode import decode_volume, load_vae, save_vae
+from reference_model.vae_fits import keep_fits
 from reference_model.volume import Volume, load_volume
 
 # what may change between the calls of one run; all else shapes the curve
@@ -62,7 +64,7 @@ def load_data(config: Mapping[str, Any], paths: Mapping[str, str], rank: int = 0
         raise ValueError(f"overfit trains on whole volumes: patch_latents must be null, got {config['patch_latents']}")
     resolutions = list(config["resolutions"])
     sources: list[tuple[Source, float]] = []
-    validation: list[Volume] = []
+    validation: list[VolumeBatch] = []
     facts: dict[str, Any] = {}
     if config["weights"]["prepared"]:
         if "prepared" not in paths:
@@ -70,16 +72,18 @@ def load_data(config: Mapping[str, Any], paths: Mapping[str, str], rank: int = 0
         train, held = split_prepared(find_prepared(paths["prepared"]), list(config["held_out"]))
         fitting = [v for v in train if config["patch_latents"] or v.tokens <= config["max_tokens"] or v.resolution not in resolutions]
         facts |= {"train": len(fitting), "dropped": len(train) - len(fitting), "held_out": sorted({v.name for v in held})}
-        sources.append((PreparedSource(tuple(fitting)), config["weights"]["prepared"]))
+        source = PreparedSource(tuple(fitting), Path(paths["fits"]) if "fits" in paths else None)
+        sources.append((source, config["weights"]["prepared"]))
         for resolution in sorted({v.resolution for v in held}):
             group = [v for v in held if v.resolution == resolution and v.tokens <= config["max_tokens"]]
-            validation += [load_volume(v.path) for v in group[: config["validation"]]]
+            validation += [_whole(source.read(v, resolution)) for v in group[: config["validation"]]]
     if config["weights"]["shapes"]:
-        source = _shapes(config, paths)
-        facts["shapes"] = len(source.families) * source.count
-        sources.append((source, config["weights"]["shapes"]))
+        shapes = _shapes(config, paths)
+        facts["shapes"] = len(shapes.families) * shapes.count
+        sources.append((shapes, config["weights"]["shapes"]))
         if not validation:
-            validation = [source.make(name, _VALIDATION_SEED, resolutions[0]) for name in source.families[: config["validation"]]]
+            made = [shapes.make(name, _VALIDATION_SEED, resolutions[0]) for name in shapes.families[: config["validation"]]]
+            validation = [_whole(volume) for volume in made]
     stream = BatchStream(
         sources, resolutions, config["tokens"], config["max_tokens"], config["trainer"]["seed"], config["symmetries"], rank=rank,
         patch_latents=config["patch_latents"], patch_tokens=config["patch_tokens"],
@@ -89,7 +93,19 @@ def load_data(config: Mapping[str, Any], paths: Mapping[str, str], rank: int = 0
         alone = dataclasses.replace(stream, symmetries=False, tokens=1)
         overfit = collate_volumes(_first(alone, config["overfit"], resolutions[0]))
         return Data(stream, [overfit], overfit, facts | {"overfit": [m.get("source", "") for m in overfit.meta]})
-    return Data(stream, [collate_volumes([v]) for v in validation], None, facts)
+    return Data(stream, validation, None, facts)
+
+
+def _whole(volume: Volume | PackedVolume) -> VolumeBatch:
+    return PackedBatch.of([volume]).unpack("cpu") if isinstance(volume, PackedVolume) else collate_volumes([volume])
+
+
+def _keep_fits(config: Mapping[str, Any], paths: Mapping[str, str], device: torch.device, ranks: Ranks) -> None:
+    """What fits= asks for; ValueError where no batch would use it."""
+    head, share = config["vae"]["head"], config["weights"]["prepared"]
+    if head != "pieces" or not share or "prepared" not in paths:
+        raise ValueError(f"fits= is of prepared volumes and of head pieces, got head {head}, weights.prepared {share} and {sorted(paths)}")
+    keep_fits(find_prepared(paths["prepared"]), Path(paths["fits"]), device, ranks)
 
 
 def _shapes(config: Mapping[str, Any], paths: Mapping[str, str]) -> ShapeSource:
@@ -151,6 +167,8 @@ def build_model(config: Mapping[str, Any], paths: Mapping[str, str], device: tor
 def run(config: dict[str, Any], paths: Mapping[str, str], ranks: Ranks) -> Trainer:
     """One call of a training run."""
     device = ranks.device(config["device"])
+    if "fits" in paths:
+        _keep_fits(config, paths, device, ranks)
     data = load_data(config, paths, ranks.rank)
     settings = TrainSettings(**config["trainer"] | {"betas": tuple(config["trainer"]["betas"])})
     model = build_model(config, paths, device)
@@ -179,7 +197,7 @@ def run(config: dict[str, Any], paths: Mapping[str, str], ranks: Ranks) -> Train
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for a mistake on the command line."""
-    config, paths = parse("train_vae", ("out", "prepared", "cache", "init"), argv, required=("out",))
+    config, paths = parse("train_vae", ("out", "prepared", "fits", "cache", "init"), argv, required=("out",))
     settings: dict[str, Any] = optional_import("omegaconf").OmegaConf.to_container(config, resolve=True)
     ranks = Ranks.launched()
     try:

@@ -171,7 +171,9 @@ class SparseVAE(nn.Module):
         return forward_flops(self, EncoderPlan.build(batch), self.partitions(batch.latents))
 
     def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], targets: Targets) -> Posterior:
-        patch = PATCHES[self.config.head].fit(targets, batch.resolution) if self.config.head in PATCHES else None
+        patch = batch.fit
+        if patch is None and self.config.head in PATCHES:
+            patch = PATCHES[self.config.head].fit(targets, batch.resolution)
         return Posterior(*self.encoder(EncoderPlan.build(batch), partitions, _factor(batch.resolution), patch))
 
 

@@ -94,6 +94,21 @@ def as_latents(numbers: Tensor, kind: Tensor) -> Tensor:
     return torch.cat((GAIN * numbers, STEP * (kind - ONE)[:, None].to(numbers)), 1)
 
 
+def turning(came_from: Tensor) -> Tensor:
+    """[S,2,15,15] float64, what motions of a cell do to the numbers of its latent, other kinds and "three"; came_from [S,512]: which child
+    lies at each child's place afterwards."""
+    bases = bases_of(came_from.device)
+    a, b = (basis[0].T @ basis[0, came_from] / CELL**3 for basis in (bases.wide_a, bases.wide_l))
+    return torch.stack([torch.stack([torch.block_diag(*x) for x in zip(*blocks, strict=True)]) for blocks in ((a, b), (b, b, b))], 1)
+
+
+def turn_latents(z: Tensor, turns: Tensor) -> Tensor:
+    """Latents [L,16] of cells moved by turns [L,2,15,15]: what a fit of the moved cells would say, but for ties."""
+    three = ((z[:, NUMBERS] / STEP).round().abs() >= FORMS.index("three")).long()
+    own = turns.gather(1, three.view(-1, 1, 1, 1).expand(-1, 1, NUMBERS, NUMBERS))[:, 0].to(z)
+    return torch.cat((torch.einsum("lab,lb->la", own, z[:, :NUMBERS]), z[:, NUMBERS:]), 1)
+
+
 def piece_values(z: Tensor, resolution: int) -> Tensor:
     """Latents [L,16] → values [L,512] float32 of their pieces, not clamped. No gradient reaches the kind."""
     with torch.autocast(z.device.type, enabled=False):

@@ -106,7 +106,7 @@ def test_a_run_goes_on_as_if_never_stopped(tmp_path, capsys) -> None:
     assert "another config" in capsys.readouterr().err
 
 
-def test_shapes_and_prepared_volumes_mix(tmp_path) -> None:
+def test_shapes_and_prepared_volumes_mix(tmp_path, capsys) -> None:
     from reference_model.meshes import save_mesh
     from reference_model.prepare import main as prepare
     from reference_model.shapes import make_shape
@@ -134,3 +134,8 @@ def test_shapes_and_prepared_volumes_mix(tmp_path) -> None:
     assert limited.stream.data_hash() != data.stream.data_hash() == replace(data.stream, seed=5).data_hash()
     with pytest.raises(ValueError, match="prepared= must be given"):
         load_data(config, {})
+    paths = [f"prepared={tmp_path / 'data'}", f"fits={tmp_path / 'fits'}"]
+    run = [f"out={tmp_path / 'run'}", *paths, *TINY, "data=prepared", "trainer.steps=2", "tokens=500", "patch_latents=8"]
+    assert main(run) == 0 and len(list((tmp_path / "fits").iterdir())) == 3 and len(curve(tmp_path / "run")) > 1
+    assert main([*run, "vae.head=clamp"]) == 2 and main([*run, "data=shapes"]) == 2
+    assert capsys.readouterr().err.count("fits= is of prepared volumes and of head") == 2

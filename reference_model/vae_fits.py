@@ -1,0 +1,56 @@
+"""Fits of prepared volumes, made once and kept: a cell is fitted on its own, so that patches and turned volumes need no other.
+
+A fit takes more time than all else of a training step; turning it is a product with a matrix (`vae_pieces.turn_latents`).
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reference_model.cli import optional_import
+from reference_model.dataset import PreparedVolume
+from reference_model.distributed import Ranks
+from reference_model.packed import PackedBatch, read_packed
+from reference_model.vae_fit import fit_cells
+from reference_model.vae_loss import make_targets
+from reference_model.vae_pieces import COEFFICIENTS
+
+
+def keep_fits(volumes: Sequence[PreparedVolume], folder: Path, device: torch.device, ranks: Ranks) -> None:
+    """Write what is missing in folder; each rank a share. Returns when all ranks are done.
+
+    Volumes with a margin, which are only resampled, get none.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [v for v in volumes if not _path(folder, v).exists()][ranks.rank :: ranks.size]
+    for volume in optional_import("tqdm").tqdm(missing, unit="fit", disable=ranks.rank > 0 or not missing):
+        packed = read_packed(volume.path)
+        if not packed.margin:
+            fit = fit_cells(make_targets(PackedBatch.of([packed]).unpack(device)), volume.resolution)
+            part = folder / f".{_path(folder, volume).name}.{os.getpid()}.part"
+            save_file({"fit": fit.cpu()}, part)
+            os.replace(part, _path(folder, volume))
+    ranks.sum([0.0])
+
+
+def read_fit(folder: Path, volume: PreparedVolume) -> Tensor:
+    """[L,16] float32 of the volume's latents; ValueError unless `keep_fits` left it there for this volume."""
+    from safetensors.torch import load_file
+
+    path = _path(folder, volume)
+    try:
+        fit = load_file(path)["fit"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: fits must be kept before volumes are drawn") from error
+    if fit.shape != (volume.tokens, COEFFICIENTS):
+        raise ValueError(f"{path} must hold [{volume.tokens},{COEFFICIENTS}] numbers, got {[*fit.shape]}")
+    return fit
+
+
+def _path(folder: Path, volume: PreparedVolume) -> Path:
+    return folder / f"{volume.path.stem}_{volume.resolution}.safetensors"

@@ -29,7 +29,7 @@ BLADES = 8  # times as many of the thinnest family
 RECIPE = [
     "train=gpu-multi", "vae=full", "vae.focus=0.2", "data=prepared", "tokens=7000", "patch_latents=24", "patch_tokens=800",
     "max_tokens=150000", "checkpointing=false", "trainer.optimizer=muon", "trainer.lr=1e-3", "trainer.warmup=100", "trainer.ema=0.998",
-    "trainer.validate_every=1500", "picture=false",
+    "trainer.validate_every=1500", "trainer.save_every=3000", "picture=false",
 ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from reference_model.tiles import lattice
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_blocks import compile_fused
 from reference_model.vae_decode import decode_volume, load_vae
-from reference_model.vae_fit import PATCHES
+from reference_model.vae_fit import fit_cells
 from reference_model.vae_loss import make_targets
 from reference_model.volume import CELL, TAU, Volume, voxel_centers
 
@@ -88,10 +88,10 @@ def measure_one(model: SparseVAE, volume: Volume, config: Any, device: torch.dev
     """Rows of one volume: train, encode and decode at each precision."""
     batch = collate_volumes([volume]).to(device)
     facts = {"resolution": volume.resolution, "latents": len(volume.latents), "voxels": len(volume.coords)}
-    rows, head = [], model.config.head
+    rows = []
     crop = config.crop_latents if volume.resolution >= config.crop_from else None
     if facts["latents"] <= config.train_latents:
-        kept = replace(batch, fit=PATCHES[head].fit(make_targets(batch), volume.resolution)) if head in PATCHES else None
+        kept = replace(batch, fit=fit_cells(make_targets(batch), volume.resolution)) if model.config.head == "pieces" else None
         passes = 4 if config.checkpointing else 3  # forward, perhaps again, and a backward of two
         for what, given in {"training step": batch, "training step, fits kept": kept}.items():
             if given is not None:

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 import ssa
 from reference_model.dataset import VolumeBatch
-from reference_model.vae_crease import COEFFICIENTS
 from reference_model.vae_decoder import HALO, Decoder
 from reference_model.vae_encoder import Encoder, EncoderPlan
-from reference_model.vae_fit import PATCHES
+from reference_model.vae_fit import fit_cells
 from reference_model.vae_flops import forward_flops
 from reference_model.vae_grid import check_latents, children_of_slots
 from reference_model.vae_loss import STEEPNESS, Targets, kl_divergence, make_targets, occupancy_loss, reconstruction_terms
+from reference_model.vae_pieces import COEFFICIENTS
 from reference_model.volume import CELL
 
 CHOICES = {
     "decoder": ("symmetric", "subpixel", "released"),
-    "head": (*PATCHES, "clamp", "tanh"),
+    "head": ("pieces", "clamp", "tanh"),
     "pooling": ("mean", "subpixel", "released"),
     "ext_target": ("sign", "released"),
     "error": tuple(STEEPNESS),
@@ -46,11 +46,11 @@ class VAEConfig:
     window_size: int = 8  # latents; odd layers shift by half of it
     latent_channels: int = 16
     decoder: str = "subpixel"  # or "symmetric", "released": the blocks of `vae_blocks`
-    head: str = "pieces"  # what the network corrects in each cell; or "crease", of older weights; or nothing: "clamp", "tanh" (released)
+    head: str = "pieces"  # what the network corrects in each cell; or nothing: "clamp", "tanh" (released)
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     error: str = "squared"  # of a value; or "smooth_l1", which counts what is almost right for more: `vae_loss`
-    focus: float | None = None  # |t| of voxels that count half, in losses and as creases begin; None: all count alike
+    focus: float | None = None  # |t| of voxels that count half, in losses; None: all count alike
     occupancy: bool = False  # a head that tells which cells hold band voxels, for pruning
     conv_backend: str | None = None  # "torch", "triton", "spconv"; None: triton on CUDA, torch elsewhere
     lambda_in: float = 1.0
@@ -71,10 +71,10 @@ class VAEConfig:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.focus is not None and not self.focus > 0:
             raise ValueError(f"focus must be positive, or None, got {self.focus}")
-        if self.head in PATCHES and self.latent_channels != COEFFICIENTS:
+        if self.head == "pieces" and self.latent_channels != COEFFICIENTS:
             raise ValueError(f"head {self.head} needs {COEFFICIENTS} latent channels, got {self.latent_channels=}")
-        if self.head in PATCHES and self.ext_target == "released":
-            raise ValueError(f'ext_target "released" needs head "clamp" or "tanh": others keep the true side, got head {self.head!r}')
+        if self.head == "pieces" and self.ext_target == "released":
+            raise ValueError(f'ext_target "released" needs head "clamp" or "tanh": pieces keep the true side, got head {self.head!r}')
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +172,8 @@ class SparseVAE(nn.Module):
 
     def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], targets: Targets) -> Posterior:
         patch = batch.fit
-        if patch is None and self.config.head in PATCHES:
-            patch = PATCHES[self.config.head].fit(targets, batch.resolution)
+        if patch is None and self.config.head == "pieces":
+            patch = fit_cells(targets, batch.resolution)
         return Posterior(*self.encoder(EncoderPlan.build(batch), partitions, _factor(batch.resolution), patch))
 
 

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 import ssa
 from reference_model.vae_blocks import ReleasedUpBlock, SubpixelUpBlock, UpBlock, position_code
 from reference_model.vae_encoder import GAIN, attend, attention_blocks
-from reference_model.vae_fit import PATCHES
 from reference_model.vae_grid import Level, children_of_slots, find_latent_neighbors, slots_of_children
 from reference_model.vae_layers import Narrow, Widen, unit_linear
+from reference_model.vae_pieces import UNIT, piece_values
 from reference_model.volume import CELL
 
 if TYPE_CHECKING:
@@ -39,11 +39,10 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(block(a, b, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
         self.occupancy = nn.ModuleList(nn.Linear(c, 1) for c in widths[1:-1]) if config.occupancy else None
         self.head = unit_linear(widths[-1], 1, kind=Narrow)
-        self.bounded, self.patch, self.base = config.head == "tanh", None, PATCHES.get(config.head)
-        self.unit = 1.0 if self.base is None else self.base.unit
-        if self.base is not None:
-            self.patch = Widen(1, widths[-1])  # of the base's values, for the last block to see
-            nn.init.zeros_(self.head.weight)  # at first the base speaks alone
+        self.bounded, self.patch = config.head == "tanh", None
+        if config.head == "pieces":
+            self.patch = Widen(1, widths[-1])  # of the pieces' values, for the last block to see
+            nn.init.zeros_(self.head.weight)  # at first the pieces speak alone
 
     def attend(self, z: Tensor, latents: Tensor, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float) -> Tensor:
         """z [L,16] at latents [L,4] → [L,hidden]; never cut, because windows do not nest in chunks."""
@@ -65,7 +64,7 @@ class Decoder(nn.Module):
         level = Level.of(latents, neighbors, 1)
         kept: Tensor | None = None  # [L,edge^3] bool of the level, None: all
         logits: dict[int, Tensor] = {}
-        base = None if self.base is None else self.base.values(z, grid * CELL).index_select(1, children_of_slots(x.device)).flatten()
+        base = None if self.patch is None else piece_values(z, grid * CELL).index_select(1, children_of_slots(x.device)).flatten()
         for i, (edge, block) in enumerate(zip(EDGES, self.up, strict=True)):
             finer = Level.of(latents, neighbors, edge, None if kept is None else kept.repeat_interleave(8, 1))
             if base is not None and edge == EDGES[-1]:
@@ -86,7 +85,7 @@ class Decoder(nn.Module):
             level = finer
         values = self.head(x)
         if base is not None:
-            values = base + self.unit * values
+            values = base + UNIT * values
         if self.bounded:
             values = values.tanh()
         if level.places is not None:
@@ -94,7 +93,7 @@ class Decoder(nn.Module):
         return values.view(len(latents), 512).index_select(1, slots_of_children(x.device)), logits
 
     def _with_patch(self, block: nn.Module, x: Tensor, level: Level, finer: Level, base: Tensor) -> Tensor:
-        """The last block, which sees the values of the base [8n]."""
+        """The last block, which sees the values of the pieces [8n]."""
         assert self.patch is not None
         return block(x, level, finer, partial(self.patch, t=base.clamp(-2, 2)))
 

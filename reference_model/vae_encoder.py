@@ -1,7 +1,7 @@
 """Encoder of the VAE: band voxels → mean and log variance of 16 channels at each latent (paper: arXiv 2505.17412, section 3.2).
 
 Linear 1→32; three residual blocks that halve the resolution, 32→64→128→512; Linear, position code, window attention at the latents,
-LayerNorm without weights, Linear. With head "pieces" or "crease" the latents fitted to the cells enter before the attention and
+LayerNorm without weights, Linear. With head "pieces" the latents fitted to the cells enter before the attention and
 are added to the mean, but for the last, the kind of the cell, which stays as it is. GroupNorms take their statistics over a sample, so a
 sample is never cropped.
 """
@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 import ssa
 from reference_model.dataset import VolumeBatch
 from reference_model.vae_blocks import AttentionBlock, Children, Lift, down_block, position_code
-from reference_model.vae_fit import PATCHES
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 from reference_model.vae_layers import unit_linear
 from reference_model.vae_loss import STEEPNESS
+from reference_model.vae_pieces import UNIT
 from reference_model.volume import CELL, child_index
 
 if TYPE_CHECKING:
@@ -90,14 +90,13 @@ class Encoder(nn.Module):
         self.lift = Lift(widths[0])
         self.down = nn.ModuleList(down_block(a, b, config.pooling, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
         self.linear = unit_linear(config.hidden_size, config.hidden_size, GAIN)
-        self.patch = unit_linear(config.latent_channels, config.hidden_size) if config.head in PATCHES else None
-        self.unit = PATCHES[config.head].unit if config.head in PATCHES else 1.0
+        self.patch = unit_linear(config.latent_channels, config.hidden_size) if config.head == "pieces" else None
         self.blocks = attention_blocks(config)
         self.moments = unit_linear(config.hidden_size, 2 * config.latent_channels)
         with torch.no_grad():  # a standard deviation of 0.14 at first: a decoder learns little from noise
             self.moments.weight[config.latent_channels :] = 0
             self.moments.bias[config.latent_channels :] = -4
-            if config.head in PATCHES:  # at first the coefficients are the latents, their variance what suits the weight of the KL
+            if self.patch is not None:  # at first the coefficients are the latents, their variance what suits the weight of the KL
                 self.moments.weight.zero_()
                 self.moments.bias[config.latent_channels :] = -9 + math.log(max(config.lambda_kl, 1e-9) / 1e-3 / STEEPNESS[config.error])
 
@@ -121,7 +120,7 @@ class Encoder(nn.Module):
         x = attend(self.blocks, x, partitions, run)
         mean, logvar = self.moments(F.layer_norm(x, x.shape[1:])).float().chunk(2, 1)
         if patch is not None:  # no gradient would hold the kind of a cell, the last number, where it is
-            mean, logvar = patch + self.unit * F.pad(mean[:, :-1], (0, 1)), F.pad(logvar[:, :-1], (0, 1), value=_KIND_LOGVAR)
+            mean, logvar = patch + UNIT * F.pad(mean[:, :-1], (0, 1)), F.pad(logvar[:, :-1], (0, 1), value=_KIND_LOGVAR)
         return mean, logvar.clamp(-30, 20)
 
     @staticmethod

@@ -5,51 +5,73 @@ sides of a wall or a slit, and in three groups; each by least squares in turn wi
 smaller weights for what stays far off (iteratively reweighted). The best two of them then go on as distances (Levenberg-Marquardt).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference_model.tiles import lattice
-from reference_model.vae_crease import (
-    RIDGE,
-    SMOOTH,
-    TIE,
-    Wanted,
-    bases_of,
-    crease_values,
-    fit_creases,
-    in_parts,
-    second_piece,
-    slopes,
-    solve_ridge,
-)
-from reference_model.vae_loss import Targets
+from reference_model.vae_bases import SMOOTH, bases_of
+from reference_model.vae_groups import second_piece, three_groups
+from reference_model.vae_loss import BETA, Targets
 from reference_model.vae_pieces import (
     FLAT,
     NUMBERS,
     ONE,
+    TIE,
     as_latents,
     fields,
     kinds_of,
     piece_at,
-    piece_values,
     polynomials,
     sizes,
     slope_of,
 )
-from reference_model.volume import CELL
 
+_ROWS = 1 << 13  # latents at once
 _NEAR = 0.35  # voxels from the surface where a voxel counts half
 _PRICE = 3e-4  # mean error by which several pieces must be better than one
 _ROUNDS = 6  # of least squares
 _REFINED = 2  # beginnings that go on
 _STEPS = 8
 _DAMPING, _RISE, _FALL = 1e-4, 8.0, 0.2  # of a step, and what it is multiplied by after one that fails or succeeds
-_GROUPED = 0.2  # of the largest weight: lighter voxels begin no group
-_APART = 0.25  # of a distance in tau beside the difference of two unit directions
+_RIDGE = 1e-5  # of squares of numbers: cells with few voxels leave most of them open, and more would round edges off
+# of a child outside of the band beside the heaviest one within: in what is compared; and in a round, where it is too near to the surface
+_OUTSIDE, _OUTER = 0.03, 5e-3
+
+
+class Wanted(NamedTuple):
+    """What cells should say, all [L,512]."""
+
+    values: Tensor
+    share: Tensor  # weights of band voxels, their sum 1
+    outside: Tensor  # of the other children: the largest share
+
+    @staticmethod
+    def of(targets: Targets, near: float) -> "Wanted":
+        """near: the |t| of band voxels that count half as much as those at the surface."""
+        share = targets.band / (1 + (targets.values / near).square())
+        share = share / share.sum(1, keepdim=True).clamp(min=1e-9)
+        return Wanted(targets.values, share, ~targets.band * share.amax(1, keepdim=True))
+
+    def rows(self, index: Tensor) -> "Wanted":
+        return Wanted(*(x[index] for x in self))
+
+    def repeat(self, times: int) -> "Wanted":
+        return Wanted(*(x.repeat(times, 1) for x in self))
+
+    def double(self) -> "Wanted":
+        return Wanted(*(x.double() for x in self))
+
+    def loss(self, y: Tensor) -> Tensor:
+        """[L], what is to be least."""
+        y = torch.where(self.share > 0, y, y.clamp(-1, 1))
+        errors = F.smooth_l1_loss(y, self.values, reduction="none", beta=BETA)
+        return ((self.share + _OUTSIDE * self.outside) * errors).sum(1)
+
+    def weights(self, y: Tensor) -> Tensor:
+        """[L,512] of squares that stand for the loss near y: less for what is far off; others where they are too near to the surface."""
+        return self.share * BETA / (y - self.values).abs().clamp(min=BETA) + _OUTER * self.outside * (y * self.values < 1)
 
 
 class Fit(NamedTuple):
@@ -71,7 +93,9 @@ def fit_cells(targets: Targets, resolution: int) -> Tensor:
 
     A cell that one piece fits to within `_PRICE` is not tried with more: several could not be better by that.
     """
-    return in_parts(lambda part: _fit(part, resolution), targets)
+    with torch.autocast(targets.values.device.type, enabled=False):
+        parts = range(0, max(len(targets.values), 1), _ROWS)
+        return torch.cat([_fit(targets.rows(slice(i, i + _ROWS)), resolution) for i in parts])
 
 
 def _fit(targets: Targets, resolution: int) -> Tensor:
@@ -105,7 +129,7 @@ def _several(targets: Targets, wanted: Wanted, slope: float) -> Fit:
 
 def _least_squares(kind: Tensor, piece: Tensor, wanted: Wanted, pieces: int = 3) -> Fit:
     """The best polynomials of these kinds [L] found in a few rounds that begin with the piece [L,512] of each child."""
-    basis, weights = bases_of(kind.device).wide_a[0], wanted.share
+    basis, weights = bases_of(kind.device).a[0], wanted.share
     best = Fit(weights.new_zeros(len(kind), NUMBERS), kind, torch.full_like(weights[:, 0], torch.inf))
     for _ in range(_ROUNDS):
         numbers = _solve(weights, piece, wanted.values, kind, pieces)
@@ -122,7 +146,13 @@ def _solve(weights: Tensor, piece: Tensor, values: Tensor, kind: Tensor, pieces:
     """Numbers [L,15] of least squares in which each child belongs to the polynomial of its piece; the others [L,512]."""
     bases = bases_of(kind.device)
     own = _of_pieces(weights, piece, pieces)
-    return solve_ridge(*_system((own @ bases.aa).unflatten(2, (SMOOTH, SMOOTH)), (own * values[:, None]) @ bases.wide_a[0], kind))
+    return _solve_ridge(*_system((own @ bases.aa).unflatten(2, (SMOOTH, SMOOTH)), (own * values[:, None]) @ bases.a[0], kind))
+
+
+def _solve_ridge(matrix: Tensor, right: Tensor, damping: float | Tensor = 0.0) -> Tensor:
+    """x [L,n] of (matrix + ridge + damping) x = right; damping [L,1]. Of orthonormal bases: neither depends on how a cell is turned."""
+    ridge = torch.full_like(right, _RIDGE) + damping
+    return torch.linalg.solve_ex(matrix + ridge.diag_embed(), right)[0]  # solve would wait for the device to look for singular ones
 
 
 def _of_pieces(weights: Tensor, piece: Tensor, pieces: int) -> Tensor:
@@ -146,7 +176,7 @@ def _refine(fit: Fit, wanted: Wanted, slope: float, pieces: int = 3) -> Fit:
         grams = torch.stack([(rows * weights[..., None]).mT @ rows for weights in own.unbind(1)], 1)
         matrix, right = _system(grams, (own * (wanted.values - y)[:, None]) @ rows, fit.kind)
         mean = matrix.diagonal(dim1=1, dim2=2).mean(1)
-        new = fit._replace(numbers=fit.numbers + solve_ridge(matrix, right - RIDGE * fit.numbers, (damping * mean)[:, None]))
+        new = fit._replace(numbers=fit.numbers + _solve_ridge(matrix, right - _RIDGE * fit.numbers, (damping * mean)[:, None]))
         y_new, piece_new, rows_new = _linearised(new, slope, pieces)
         new = new._replace(least=wanted.loss(y_new))
         better = new.least < fit.least - TIE**2
@@ -165,15 +195,15 @@ def _linearised(fit: Fit, slope: float, pieces: int = 3) -> tuple[Tensor, Tensor
     y, size = (x.gather(0, piece[None])[0] for x in (d, size))
     slopes = f[:, 1:].gather(0, piece.expand(1, 3, -1, -1))[0]
     parts = torch.cat((1 / size[None], -y * slopes / (size * slope).square() * (size > FLAT)))
-    return y, piece, torch.einsum("dlc,dck->lck", parts, bases_of(y.device).wide_a)
+    return y, piece, torch.einsum("dlc,dck->lck", parts, bases_of(y.device).a)
 
 
 def _three(targets: Targets, wanted: Wanted, slope: float) -> tuple[Tensor, Tensor]:
     """Kind [L] and piece of each child [L,512] to begin with: three groups by direction and place of the surface, then the form
     whose planes through them come nearest."""
-    group = _three_groups(targets, wanted, slope)
+    group = three_groups(targets, wanted.share, slope)
     count, kind = len(group), torch.full_like(group[:, 0], ONE + 3)
-    d = polynomials(_solve(wanted.share, group, wanted.values, kind), kind) @ bases_of(group.device).wide_a[0].T
+    d = polynomials(_solve(wanted.share, group, wanted.values, kind), kind) @ bases_of(group.device).a[0].T
     firsts = [(0, 1, 2), (1, 0, 2), (2, 0, 1)]  # which of the three is the outer one
     orders = [firsts[0]] * 2 + firsts * 2
     kinds = [ONE + 3, ONE - 3] + [ONE + 4] * 3 + [ONE - 4] * 3
@@ -183,48 +213,3 @@ def _three(targets: Targets, wanted: Wanted, slope: float) -> tuple[Tensor, Tens
     least = wanted.repeat(len(kinds)).loss(d.gather(0, piece[None])[0]).view(len(kinds), count)
     best = (least / TIE**2).round().argmin(0) * count + torch.arange(count, device=kind.device)
     return tried[best], piece[best]
-
-
-def _three_groups(targets: Targets, wanted: Wanted, slope: float) -> Tensor:
-    """[L,512] group 0, 1 or 2 of each child by the plane it sees, (direction in which values rise, distance of the plane): the groups
-    begin with the three planes furthest apart."""
-    rise, known = slopes(targets.values, targets.band)
-    place = slope * (lattice(CELL, rise.device).float() - (CELL - 1) / 2)
-    planes = torch.cat((rise, _APART * (targets.values - (rise * place).sum(2))[..., None]), 2)
-    weights = (wanted.share * known).float()
-    heavy = weights > _GROUPED * weights.amax(1, keepdim=True)
-
-    def at(child: Tensor) -> Tensor:
-        return planes.gather(1, child[:, None, None].expand(-1, 1, 4))
-
-    def furthest(*centres: Tensor) -> Tensor:
-        apart = torch.stack([(planes - centre).square().sum(2) for centre in centres]).amin(0)
-        return at((apart / TIE).round().masked_fill(~heavy, -1).argmax(1))
-
-    first = furthest(furthest(at(weights.argmax(1))))
-    second = furthest(first)
-    centres = torch.cat((first, second, furthest(first, second)), 1)
-    for _ in range(6):
-        group = _nearest(planes, centres)
-        own = F.one_hot(group, 3).mT * weights[:, None]
-        mass = own.sum(2, keepdim=True)
-        centres = torch.where(mass > TIE**2, own @ planes / mass.clamp(min=TIE**2), centres)
-    return _nearest(planes, centres)
-
-
-def _nearest(planes: Tensor, centres: Tensor) -> Tensor:
-    return ((planes[:, None] - centres[:, :, None]).square().sum(3) / TIE).round().argmin(1)
-
-
-class Patch(NamedTuple):
-    """How a cell becomes latents without a network, and back; both are told the resolution."""
-
-    fit: Callable[[Targets, int], Tensor]
-    values: Callable[[Tensor, int], Tensor]
-    unit: float  # of what the network adds to latents and values: what is to be corrected is small, and so must be the first steps
-
-
-PATCHES = {
-    "crease": Patch(lambda targets, resolution: fit_creases(targets), lambda z, resolution: crease_values(z), 1.0),
-    "pieces": Patch(fit_cells, piece_values, 0.05),
-}

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import ssa
 from reference_model.vae_encoder import EncoderPlan
-from reference_model.vae_fit import PATCHES
 from reference_model.vae_grid import Level
 from reference_model.volume import CELL
 
@@ -25,7 +24,7 @@ def forward_flops(model: SparseVAE, plan: EncoderPlan, partitions: tuple[ssa.Vox
         else:
             total += 2 * level.count_pairs() * (a * b + b * b) + 2 * len(level) * a * b
     total += 2 * rows * c.hidden_size * (c.hidden_size + 3 * c.latent_channels) + 2 * _attention(c, partitions)
-    if c.head in PATCHES:
+    if c.head == "pieces":
         total += 2 * rows * (c.hidden_size * c.latent_channels + CELL**3 * c.channels[0])
     latents = plan.levels[-1].latents
     coarse = plan.levels[-1]

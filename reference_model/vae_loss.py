@@ -29,7 +29,7 @@ class Targets:
     values: Tensor  # [L,512] float32, t of band voxels, ±1 elsewhere
     band: Tensor  # [L,512] bool
     sharp: Tensor  # [L,512] bool, within the band
-    weights: Tensor  # [L,512] float32, of a child in the mean of its set, and as creases begin
+    weights: Tensor  # [L,512] float32, of a child in the mean of its set
 
     def rows(self, index: Tensor | slice) -> "Targets":
         return Targets(self.values[index], self.band[index], self.sharp[index], self.weights[index])

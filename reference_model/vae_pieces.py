@@ -20,10 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference_model.vae_crease import BEND, COEFFICIENTS, GAIN, SMOOTH, TIE, bases_of
+from reference_model.vae_bases import BEND, SMOOTH, bases_of
 from reference_model.volume import CELL, TAU
 
+COEFFICIENTS = 16
 NUMBERS = COEFFICIENTS - 1
+GAIN = 2.0  # of a number in a latent, so that latents have a variance near 1
+UNIT = 0.05  # of what the network adds to latents and values: what is to be corrected is small, and so must be the first steps
+TIE = 1e-4  # what is nearer to a tie counts as one: how a matrix product rounds, say with the size of a batch, then decides nothing
 STEP = 0.5  # from kind to kind in a latent: noise must not make one of another
 FLAT = 0.3  # of the slope of a distance: what is flatter is none, as the middle of a wall
 # (form, outer, inner) of kind k - 4: k < 0 has the smaller of the outer two, k > 0 the larger
@@ -42,7 +46,7 @@ class Kinds(NamedTuple):
 def kinds_of(device: torch.device, dtype: torch.dtype) -> Kinds:
     bases = bases_of(torch.device("cpu"))
     a = torch.eye(SMOOTH, NUMBERS).double()
-    b_in_a = bases.wide_a[0].T @ bases.wide_l[0] / CELL**3  # [10,5]
+    b_in_a = bases.a[0].T @ bases.b[0] / CELL**3  # [10,5]
 
     def b(first: int) -> Tensor:
         return torch.cat((torch.zeros(SMOOTH, first), b_in_a, torch.zeros(SMOOTH, NUMBERS - BEND - first)), 1)
@@ -70,7 +74,7 @@ def polynomials(numbers: Tensor, kind: Tensor, pieces: int = 3) -> Tensor:
 def fields(coefficients: Tensor) -> Tensor:
     """[p,L,10] → [p,4,L,512]: values and slopes at the children."""
     bases = bases_of(coefficients.device)
-    basis = bases.wide_a if coefficients.dtype == torch.float64 else bases.a
+    basis = bases.a if coefficients.dtype == torch.float64 else bases.narrow
     return coefficients[:, None] @ basis.mT
 
 
@@ -98,7 +102,7 @@ def turning(came_from: Tensor) -> Tensor:
     """[S,2,15,15] float64, what motions of a cell do to the numbers of its latent, other kinds and "three"; came_from [S,512]: which child
     lies at each child's place afterwards."""
     bases = bases_of(came_from.device)
-    a, b = (basis[0].T @ basis[0, came_from] / CELL**3 for basis in (bases.wide_a, bases.wide_l))
+    a, b = (basis[0].T @ basis[0, came_from] / CELL**3 for basis in (bases.a, bases.b))
     return torch.stack([torch.stack([torch.block_diag(*x) for x in zip(*blocks, strict=True)]) for blocks in ((a, b), (b, b, b))], 1)
 
 

@@ -13,8 +13,8 @@ from reference_model.dataset import collate_volumes
 from reference_model.sparse_conv import SparseConv3d
 from reference_model.symmetry import apply_symmetry
 from reference_model.vae import SparseVAE, VAEConfig
+from reference_model.vae_bases import bases_of
 from reference_model.vae_blocks import AttentionBlock
-from reference_model.vae_crease import bases_of
 from reference_model.vae_loss import kl_divergence, make_targets, reconstruction_terms
 
 FORMS = [

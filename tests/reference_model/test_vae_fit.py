@@ -5,29 +5,19 @@ import torch
 from analytic import box, sphere, torus, volume_of
 from vae_inputs import TINY, shapes, small_batch
 
-from reference_model import vae_crease, vae_fit
+from reference_model import vae_fit
 from reference_model.dataset import collate_volumes
 from reference_model.symmetry import apply_symmetry
 from reference_model.tiles import lattice
 from reference_model.vae import SparseVAE, VAEConfig
-from reference_model.vae_crease import COEFFICIENTS
-from reference_model.vae_fit import PATCHES, Fit, Patch
-from reference_model.vae_loss import Targets, make_targets, reconstruction_terms
-from reference_model.vae_pieces import NUMBERS, ONE, as_latents, kinds_of, piece_values, slope_of
+from reference_model.vae_bases import bases_of
+from reference_model.vae_fit import Fit, fit_cells
+from reference_model.vae_loss import BETA, Targets, make_targets, reconstruction_terms
+from reference_model.vae_pieces import COEFFICIENTS, NUMBERS, ONE, as_latents, kinds_of, piece_values, slope_of
 
 X = (lattice(8).float() - 3.5) / 3.5  # children in the frame of the cell
 FINE = 896  # where a distance grows by the step of X from child to child
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
-
-
-@pytest.fixture(params=PATCHES)
-def head(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def patch(head: str) -> Patch:
-    return PATCHES[head]
 
 
 def targets_of(values: torch.Tensor) -> Targets:
@@ -45,36 +35,33 @@ def planes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return first, second
 
 
-def near_error(patch: Patch, latents: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def near_error(latents: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """[L] root mean square of the error of voxels near the surface."""
     near = (values.abs() < 0.5).float()
-    error = (patch.values(latents, FINE) - values).square() * near
+    error = (piece_values(latents, FINE) - values).square() * near
     return (error.sum(1) / near.sum(1).clamp(min=1)).sqrt()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("meet", [torch.maximum, torch.minimum])
-def test_two_planes_come_back(head: str, patch: Patch, meet, device: str):
+def test_two_planes_come_back(meet, device: str):
     values = meet(*planes(200, 0)).to(device)
     values = values[((values.abs() < 0.5).sum(1) > 20) & ((values.abs() < 1).sum(1) > 150)]
     assert len(values) > 150
     targets = targets_of(values)
-    latents = patch.fit(targets, FINE)
-    errors = near_error(patch, latents, values)
+    latents = fit_cells(targets, FINE)
+    errors = near_error(latents, values)
     assert errors.median() < 3e-4 and errors.quantile(0.97) < 1e-3
-    creased = latents[:, 15] != 0
-    assert creased.float().mean() > 0.95
-    assert (latents[creased, 15].sign() == (1 if meet is torch.maximum else -1)).float().mean() > 0.9
-    if head == "crease":
-        beyond = (latents[creased, 10:15] @ vae_crease.bases_of(values.device).l[0].T > 0) & targets.band[creased]
-        assert (beyond.sum(1) < 0.5 * targets.band[creased].sum(1)).float().mean() > 0.95  # a is the piece of more voxels
+    parted = latents[:, 15] != 0
+    assert parted.float().mean() > 0.95
+    assert (latents[parted, 15].sign() == (1 if meet is torch.maximum else -1)).float().mean() > 0.9
 
 
-def test_what_pieces_cannot_hold_spoils_little(head: str, patch: Patch):
+def test_what_pieces_cannot_hold_spoils_little():
     """Two planes, and corners that others cut off: the two are found as if those were not there, which squares would not do."""
     values = torch.maximum(*planes(600, 0))
     generator, cut = torch.Generator().manual_seed(1), torch.zeros_like(values, dtype=torch.bool)
-    for _ in range({"crease": 1, "pieces": 3}[head]):
+    for _ in range(3):
         other = torch.nn.functional.normalize(torch.randn(600, 3, generator=generator), dim=1) @ X.T
         other = other - other.amax(1, keepdim=True) + 0.45
         cut, values = cut | (other > values), torch.maximum(values, other)
@@ -82,56 +69,55 @@ def test_what_pieces_cannot_hold_spoils_little(head: str, patch: Patch):
     share = (cut & near).sum(1) / near.sum(1).clamp(min=1)
     rows = (near.sum(1) > 30) & (share > 0.03) & (share < 0.15) & ((values.abs() < 1).sum(1) > 150)
     assert rows.sum() > 130
-    errors = (patch.values(patch.fit(targets_of(values[rows]), FINE), FINE) - values[rows]).abs()[(near & ~cut)[rows]]
-    small, most = {"crease": (vae_crease.BETA, 0.76), "pieces": (vae_crease.BETA / 4, 0.9)}[head]
-    assert errors.median() < 0.007 and (errors < small).float().mean() > most
+    errors = (piece_values(fit_cells(targets_of(values[rows]), FINE), FINE) - values[rows]).abs()[(near & ~cut)[rows]]
+    assert errors.median() < 0.007 and (errors < BETA / 4).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_wall_and_a_slit_thinner_than_a_voxel_come_back(patch: Patch, sign):
+def test_a_wall_and_a_slit_thinner_than_a_voxel_come_back(sign):
     """Along an axis and askew; 0.2 of the cell's half edge is 0.7 voxels."""
     for direction in ((1.0, 0.0, 0.0), (1.0, 0.7, 0.3)):
         normal = torch.nn.functional.normalize(torch.tensor(direction), dim=0)
         values = sign * ((X @ normal + 0.05).abs() - 0.1)[None]
-        latents = patch.fit(targets_of(values), FINE)
+        latents = fit_cells(targets_of(values), FINE)
         assert latents[0, 15].sign() == sign
-        assert (patch.values(latents, FINE) - values).abs()[values.abs() < 0.5].max() < 0.02
+        assert (piece_values(latents, FINE) - values).abs()[values.abs() < 0.5].max() < 0.02
 
 
-def test_smooth_cells_are_of_one_piece(head: str, patch: Patch):
+def test_smooth_cells_are_of_one_piece():
     """Where the band fills a cell; in corners of few voxels the sides of the others may ask for a second piece."""
     batch = collate_volumes([volume_of(sphere(0.25), 512), volume_of(torus(0.2, 0.1), 512)])
     targets = make_targets(batch)
-    latents = patch.fit(targets, 512)
+    latents = fit_cells(targets, 512)
     assert (latents[targets.band.sum(1) > 100, 15] == 0).float().mean() > 0.95
     smooth = latents[latents[:, 15] == 0]
-    assert (smooth[:, 10:15] == torch.tensor([-1.5 if head == "crease" else 0, 0, 0, 0, 0])).all()
+    assert (smooth[:, 10:15] == 0).all()
     noisy = smooth + 0.03 * torch.randn(smooth.shape, generator=torch.Generator().manual_seed(0))
     noisy[:, :10] = smooth[:, :10]
-    wanted = patch.values(smooth, 512)
-    assert torch.equal(patch.values(noisy, 512)[wanted.abs() < 1], wanted[wanted.abs() < 1])  # noise does not bring a crease to life
-    assert reconstruction_terms(patch.values(latents, 512), targets)["in"] < 0.01**2
+    wanted = piece_values(smooth, 512)
+    assert torch.equal(piece_values(noisy, 512)[wanted.abs() < 1], wanted[wanted.abs() < 1])  # noise does not bring other pieces to life
+    assert reconstruction_terms(piece_values(latents, 512), targets)["in"] < 0.01**2
 
 
-def test_sides_are_kept(patch: Patch):
+def test_sides_are_kept():
     """Outside of the band nothing changes sides, of a box with its edges as of all small shapes."""
     for batch in (collate_volumes([volume_of(box(0.4), 256)]), small_batch()):
         targets = make_targets(batch)
-        assert ((patch.values(patch.fit(targets, 256), 256) * targets.values > 0)[~targets.band]).float().mean() > 0.999
+        assert ((piece_values(fit_cells(targets, 256), 256) * targets.values > 0)[~targets.band]).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("focus", [None, 0.5])
-def test_latents_and_values_of_a_fresh_model_are_those_of_the_fit(head: str, patch: Patch, focus):
-    model, batch = SparseVAE(VAEConfig(**TINY, head=head, focus=focus)), small_batch()
-    latents = patch.fit(make_targets(batch, focus=focus), 256)
+def test_latents_and_values_of_a_fresh_model_are_those_of_the_fit(focus):
+    model, batch = SparseVAE(VAEConfig(**TINY, focus=focus)), small_batch()
+    latents = fit_cells(make_targets(batch, focus=focus), 256)
     with torch.no_grad():
         assert torch.equal(model.encode(batch).mean, latents)
-        assert torch.equal(model.decode(latents, batch.latents, 256), patch.values(latents, 256).clamp(-1, 1))
+        assert torch.equal(model.decode(latents, batch.latents, 256), piece_values(latents, 256).clamp(-1, 1))
 
 
-def test_gradients_reach_every_weight(head: str):
+def test_gradients_reach_every_weight():
     torch.manual_seed(0)
-    model, batch = SparseVAE(VAEConfig(**TINY, head=head, error="smooth_l1", focus=0.5)), small_batch()
+    model, batch = SparseVAE(VAEConfig(**TINY, error="smooth_l1", focus=0.5)), small_batch()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)
@@ -139,41 +125,41 @@ def test_gradients_reach_every_weight(head: str):
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-def test_turned_with_the_volume(patch: Patch):
+def test_turned_with_the_volume():
     """The bases are their own image under the symmetries of the cube: the fit of an image is the image of the fit."""
     volume = shapes()[2]
     for symmetry in (7, 30, 47):
         errors = []
         for v in (volume, apply_symmetry(volume, symmetry)):
             targets = make_targets(collate_volumes([v]))
-            errors.append(reconstruction_terms(patch.values(patch.fit(targets, 256), 256), targets))
+            errors.append(reconstruction_terms(piece_values(fit_cells(targets, 256), 256), targets))
         assert errors[0]["in"].item() == pytest.approx(errors[1]["in"].item(), rel=1e-3), symmetry
 
 
-def test_fitted_in_pieces_as_at_once(patch: Patch, monkeypatch):
+def test_fitted_in_pieces_as_at_once(monkeypatch):
     targets = make_targets(small_batch())
-    whole = patch.fit(targets, 256)
-    monkeypatch.setattr(vae_crease, "_ROWS", 7)
-    torch.testing.assert_close(patch.values(patch.fit(targets, 256), 256), patch.values(whole, 256), rtol=0, atol=1e-3)
+    whole = fit_cells(targets, 256)
+    monkeypatch.setattr(vae_fit, "_ROWS", 7)
+    torch.testing.assert_close(piece_values(fit_cells(targets, 256), 256), piece_values(whole, 256), rtol=0, atol=1e-3)
 
 
-def test_nothing_at_all(patch: Patch):
+def test_nothing_at_all():
     none = targets_of(torch.zeros(0, 512))
-    assert patch.fit(none, 256).shape == (0, COEFFICIENTS)
-    assert patch.values(torch.zeros(0, COEFFICIENTS), 256).shape == (0, 512)
+    assert fit_cells(none, 256).shape == (0, COEFFICIENTS)
+    assert piece_values(torch.zeros(0, COEFFICIENTS), 256).shape == (0, 512)
 
 
 def test_bases_are_orthonormal():
-    bases = vae_crease.bases_of(torch.device("cpu"))
-    for basis in (bases.wide_a[0], bases.wide_l[0]):
+    bases = bases_of(torch.device("cpu"))
+    for basis in (bases.a[0], bases.b[0]):
         assert (basis.T @ basis / 512 - torch.eye(basis.shape[1])).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("resolution", [256, 512])
-def test_smooth_surfaces_need_no_network(resolution, head: str):
+def test_smooth_surfaces_need_no_network(resolution):
     """A fresh model decodes what it encodes: the distance to a tenth of a voxel, and every child on its side."""
     torch.manual_seed(0)
-    model = SparseVAE(VAEConfig(**TINY, head=head))
+    model = SparseVAE(VAEConfig(**TINY))
     batch = collate_volumes([volume_of(sphere(0.3, (0.2, 0.1, 0.0)), resolution), volume_of(torus(0.3, 0.15), resolution)])
     with torch.no_grad():
         decoded = model.decode(model.encode(batch).mean, batch.latents, resolution)
@@ -195,7 +181,7 @@ def test_the_head_needs_its_channels():
 @pytest.mark.parametrize("outer", [torch.maximum, torch.minimum])
 @pytest.mark.parametrize("inner", [torch.maximum, torch.minimum])
 def test_corners_of_three_planes_come_back(outer, inner):
-    """All three pass through the cell and are seen near the surface; two pieces cannot say it."""
+    """All three pass through the cell and are seen near the surface."""
     generator = torch.Generator().manual_seed(2)
     normals = torch.nn.functional.normalize(torch.randn(3, 400, 3, generator=generator), dim=2)
     planes = normals @ X.T + 0.2 * torch.randn(3, 400, 1, generator=generator)
@@ -203,19 +189,17 @@ def test_corners_of_three_planes_come_back(outer, inner):
     seen = ((planes == values) & (values.abs() < 0.25)).sum(2)
     values = values[(seen.amin(0) > 15) & ((values.abs() < 1).sum(1) > 150)]
     assert len(values) > 50
-    errors = {name: near_error(p, p.fit(targets_of(values), FINE), values) for name, p in PATCHES.items()}
-    assert errors["pieces"].median() < 1e-3 and (errors["pieces"] < 5e-3).float().mean() > 0.75
-    assert errors["crease"].median() > 1e-2
+    errors = near_error(fit_cells(targets_of(values), FINE), values)
+    assert errors.median() < 1e-3 and (errors < 5e-3).float().mean() > 0.75
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_bent_wall_comes_back(sign):
-    """A tube of radius 1.5 and 0.15 thick, in half edges of the cell: two pieces as creases bend the same way."""
+    """A tube of radius 1.5 and 0.15 thick, in half edges of the cell: both sides bend the same way."""
     distance = ((X[:, 0] + 1.4).square() + (X[:, 1] + 0.5).square()).sqrt() - 1.5
     values = sign * (distance.abs() - 0.075)[None]
-    errors = {name: near_error(p, p.fit(targets_of(values), FINE), values).item() for name, p in PATCHES.items()}
-    latents = PATCHES["pieces"].fit(targets_of(values), FINE)
-    assert latents[0, 15] == sign and errors["pieces"] < 0.01 < 0.3 * errors["crease"]
+    latents = fit_cells(targets_of(values), FINE)
+    assert latents[0, 15] == sign and near_error(latents, values).item() < 0.01
 
 
 def test_the_kind_of_a_cell_is_told_as_it_is():
@@ -224,7 +208,7 @@ def test_the_kind_of_a_cell_is_told_as_it_is():
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)
-        posterior, fitted = model.encode(batch), vae_fit.fit_cells(make_targets(batch), 256)
+        posterior, fitted = model.encode(batch), fit_cells(make_targets(batch), 256)
     assert torch.equal(posterior.mean[:, 15], fitted[:, 15]) and not torch.equal(posterior.mean[:, :15], fitted[:, :15])
     noisy = posterior.sample(torch.Generator().manual_seed(0))[:, 15]
     assert ((noisy - fitted[:, 15]).abs() < 0.1).all() and fitted[:, 15].unique().numel() > 2
@@ -252,5 +236,8 @@ def test_a_sphere_is_nearer_as_distances():
     """A polynomial of degree 2 is zero on a sphere, and its distances are closer to those of the sphere than any polynomial."""
     targets = make_targets(collate_volumes([volume_of(sphere(0.1), 512)]))
     near = targets.band & (targets.values.abs() < 0.5)
-    errors = {name: (p.values(p.fit(targets, 512), 512) - targets.values).abs()[near].mean() for name, p in PATCHES.items()}
-    assert errors["pieces"] < 0.5 * errors["crease"]
+    basis, weights = bases_of(near.device).a[0], near.double()[..., None]
+    best = torch.linalg.pinv(basis.T @ (weights * basis)) @ (basis.T @ (weights * targets.values.double()[..., None]))
+    polynomial, pieces = (basis @ best)[..., 0], piece_values(fit_cells(targets, 512), 512)
+    errors = [(values - targets.values).abs()[near].mean() for values in (polynomial, pieces)]
+    assert errors[1] < 0.5 * errors[0]

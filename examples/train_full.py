@@ -1,4 +1,4 @@
-"""The full-size VAE in one go, from meshes to scores: `python -m examples.train_full --meshes DIR --out DIR [--minutes 17] [key=value …]`.
+"""The full-size VAE in one go, from meshes to scores: `python -m examples.train_full --meshes DIR --out DIR [key=value …]`.
 
 Volumes come from a list that mixes the meshes, shapes made by code and turned, stretched, thin and rough copies of both; meshes that
 configs/train_vae.yaml holds out are scored at each resolution and not trained on. What else is given goes to `train_vae`. With several
@@ -23,11 +23,12 @@ from reference_model.cli import parse
 from reference_model.shapes import FAMILIES
 from reference_model.sources import find_sources
 
+LONGEST = 180  # seconds that a volume may take: one mesh must not hold up a run of minutes
 SINGLE = ("lattice", "minimal")  # heavy: one shape of each, no copies
 NO_COPIES = (*SINGLE, "nested")  # of many pieces
 BLADES = 8  # times as many of the thinnest family
 RECIPE = [
-    "train=gpu-multi", "vae=full", "vae.focus=0.2", "data=prepared", "tokens=7000", "patch_latents=24", "patch_tokens=800",
+    "train=gpu-multi", "vae=full", "data=prepared", "tokens=7000", "patch_latents=24", "patch_tokens=800",
     "max_tokens=150000", "checkpointing=false", "trainer.optimizer=muon", "trainer.lr=1e-3", "trainer.warmup=100", "trainer.ema=0.998",
     "trainer.validate_every=1500", "trainer.save_every=3000", "picture=false",
 ]  # fmt: skip
@@ -83,10 +84,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--meshes", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=17.0, help="of training")
+    parser.add_argument("--minutes", type=float, default=16.5, help="of training")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--chances", type=int, nargs="+", default=[4, 1], help="of each resolution to be drawn for a step")
-    parser.add_argument("--volumes", type=int, nargs="+", default=[140, 20], help="at each resolution, the held-out ones among them")
+    parser.add_argument("--volumes", type=int, nargs="+", default=[110, 18], help="at each resolution, the held-out ones among them")
     parser.add_argument("--shapes", type=int, default=9, help="of each family")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     options, settings = parser.parse_known_args()
@@ -102,8 +103,9 @@ def main() -> None:
     def prepare() -> None:
         for resolution, volumes, seed in plan:
             write_list(options.meshes, out, held, volumes, seed, out / f"list_{resolution}.csv")
+        limit = f"timeout={LONGEST}"
         place = [(f"meshes={out / f'list_{r}.csv'}", f"out={out / 'prepared' / str(r)}", f"resolution={r}") for r, _, _ in plan]
-        run_all(pool, [("prepare", *paths, "val=0", "test=0", "contact_sheet=0", f"workers={share}") for paths in place])
+        run_all(pool, [("prepare", *paths, "val=0", "test=0", "contact_sheet=0", limit, f"workers={share}") for paths in place])
 
     def train() -> None:
         minutes = [f"trainer.minutes={options.minutes}", f"trainer.schedule_minutes={options.minutes}"]

@@ -1,8 +1,9 @@
 """From what a cell should say to its 16 numbers: the pieces of `vae_pieces` nearest to it.
 
-One piece first. Where that is not enough, five more beginnings: voxels in two groups as the larger or the smaller of two pieces or as the
-sides of a wall or a slit, and in three groups; each by least squares in turn with the choice of the piece that a voxel belongs to and with
-smaller weights for what stays far off (iteratively reweighted). The best two of them then go on as distances (Levenberg-Marquardt).
+One piece first. Where that is not enough, eight more beginnings: voxels in two groups as the larger or the smaller of two pieces or as the
+sides of a wall or a slit, and twice in three groups, near the surface or all alike, in the two best forms; each by least squares in turn
+with the choice of the piece that a voxel belongs to and with smaller weights for what stays far off (iteratively reweighted). They go on
+as distances (Levenberg-Marquardt), fewer and fewer of them.
 """
 
 from typing import NamedTuple
@@ -28,12 +29,13 @@ from reference_model.vae_pieces import (
     slope_of,
 )
 
-_ROWS = 1 << 13  # latents at once
+_ROWS, _HARD = 1 << 13, 1 << 11  # latents at once, of one piece and of several
 _NEAR = 0.35  # voxels from the surface where a voxel counts half
 _PRICE = 3e-4  # mean error by which several pieces must be better than one
 _ROUNDS = 6  # of least squares
-_REFINED = 2  # beginnings that go on
-_STEPS = 8
+_STEPS = 8  # of one piece
+_FORMS = 2  # of three groups that are tried further
+_REFINED = ((4, 3), (2, 4), (1, 10))  # of several: how many beginnings go on, for how many steps
 _DAMPING, _RISE, _FALL = 1e-4, 8.0, 0.2  # of a step, and what it is multiplied by after one that fails or succeeds
 _RIDGE = 1e-5  # of squares of numbers: cells with few voxels leave most of them open, and more would round edges off
 # of a child outside of the band beside the heaviest one within: in what is compared; and in a round, where it is too near to the surface
@@ -103,12 +105,12 @@ def _fit(targets: Targets, resolution: int) -> Tensor:
     wanted = Wanted.of(targets, _NEAR * slope).double()
     kind = torch.full_like(targets.band[:, 0], ONE, dtype=torch.int64)
     best = _least_squares(kind, torch.zeros_like(targets.band, dtype=torch.int64), wanted, pieces=1)
-    best = _refine(best, wanted, slope, pieces=1)
+    best = _refine(best, wanted, slope, _STEPS, pieces=1)
     hard = (best.least > _PRICE).nonzero().flatten()  # the one wait for the device
-    if len(hard):
-        several = _several(targets.rows(hard), wanted.rows(hard), slope)
-        better = best.rows(hard).where(several.least < best.least[hard] - _PRICE, several)
-        best = Fit(*(x.index_copy(0, hard, y) for x, y in zip(best, better, strict=True)))
+    for part in hard.split(_HARD):
+        several = _several(targets.rows(part), wanted.rows(part), slope)
+        better = best.rows(part).where(several.least < best.least[part] - _PRICE, several)
+        best = Fit(*(x.index_copy(0, part, y) for x, y in zip(best, better, strict=True)))
     return as_latents(best.numbers.float(), best.kind)
 
 
@@ -117,14 +119,19 @@ def _several(targets: Targets, wanted: Wanted, slope: float) -> Fit:
     count = len(targets.values)
     second = second_piece(targets, wanted.share.float()).long()
     begun = [(torch.full_like(second[:, 0], kind), second) for kind in (ONE - 2, ONE - 1, ONE + 1, ONE + 2)]
-    begun.append(_three(targets, wanted, slope))
+    alike = targets.band / targets.band.sum(1, keepdim=True).clamp(min=1)
+    begun += [_three(wanted, three_groups(targets, share.float(), slope)) for share in (wanted.share, alike)]
     kind, piece = (torch.cat(x) for x in zip(*begun, strict=True))
-    found = _least_squares(kind, piece, wanted.repeat(len(begun)))
-    own = torch.arange(count, device=second.device)
-    order = (found.least.view(len(begun), count) / TIE**2).round().argsort(dim=0, stable=True)[:_REFINED]
-    refined = _refine(found.rows((order * count + own).flatten()), wanted.repeat(_REFINED), slope)
-    first = (refined.least.view(_REFINED, count) / TIE**2).round().argmin(0)
-    return refined.rows(first * count + own)
+    found = _least_squares(kind, piece, wanted.repeat(len(kind) // count))
+    for left, steps in _REFINED:
+        found = _refine(found.rows(_places_of_best(found.least, count, left)), wanted.repeat(left), slope, steps)
+    return found
+
+
+def _places_of_best(least: Tensor, count: int, left: int) -> Tensor:
+    """[left * count] places in least, which holds the losses of count cells several times: those of the best of all cells come first."""
+    order = (least.view(-1, count) / TIE**2).round().argsort(dim=0, stable=True)[:left]
+    return (order * count + torch.arange(count, device=order.device)).flatten()
 
 
 def _least_squares(kind: Tensor, piece: Tensor, wanted: Wanted, pieces: int = 3) -> Fit:
@@ -166,12 +173,12 @@ def _system(grams: Tensor, right: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]
     return (maps.mT @ grams @ maps).sum(1), torch.einsum("lpab,lpa->lb", maps, right)
 
 
-def _refine(fit: Fit, wanted: Wanted, slope: float, pieces: int = 3) -> Fit:
+def _refine(fit: Fit, wanted: Wanted, slope: float, steps: int, pieces: int = 3) -> Fit:
     """Better numbers for the formula with distances. In float64: which step is taken must not depend on how sums are rounded."""
     y, piece, rows = _linearised(fit, slope, pieces)
     fit = fit._replace(least=wanted.loss(y))
     damping = torch.full_like(fit.least, _DAMPING)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         own = _of_pieces(wanted.weights(y), piece, pieces)
         grams = torch.stack([(rows * weights[..., None]).mT @ rows for weights in own.unbind(1)], 1)
         matrix, right = _system(grams, (own * (wanted.values - y)[:, None]) @ rows, fit.kind)
@@ -198,10 +205,8 @@ def _linearised(fit: Fit, slope: float, pieces: int = 3) -> tuple[Tensor, Tensor
     return y, piece, torch.einsum("dlc,dck->lck", parts, bases_of(y.device).a)
 
 
-def _three(targets: Targets, wanted: Wanted, slope: float) -> tuple[Tensor, Tensor]:
-    """Kind [L] and piece of each child [L,512] to begin with: three groups by direction and place of the surface, then the form
-    whose planes through them come nearest."""
-    group = three_groups(targets, wanted.share, slope)
+def _three(wanted: Wanted, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Kinds [fL] and pieces of each child [fL,512] to begin with: of three groups [L,512] the f forms whose planes come nearest."""
     count, kind = len(group), torch.full_like(group[:, 0], ONE + 3)
     d = polynomials(_solve(wanted.share, group, wanted.values, kind), kind) @ bases_of(group.device).a[0].T
     firsts = [(0, 1, 2), (1, 0, 2), (2, 0, 1)]  # which of the three is the outer one
@@ -210,6 +215,6 @@ def _three(targets: Targets, wanted: Wanted, slope: float) -> tuple[Tensor, Tens
     tried = torch.tensor(kinds, device=kind.device).repeat_interleave(count)
     d = torch.cat([d[list(order)] for order in orders], 1)
     piece = piece_at(d, tried)
-    least = wanted.repeat(len(kinds)).loss(d.gather(0, piece[None])[0]).view(len(kinds), count)
-    best = (least / TIE**2).round().argmin(0) * count + torch.arange(count, device=kind.device)
+    least = wanted.repeat(len(kinds)).loss(d.gather(0, piece[None])[0])
+    best = _places_of_best(least, count, _FORMS)
     return tried[best], piece[best]

@@ -171,9 +171,9 @@ class SparseVAE(nn.Module):
         return forward_flops(self, EncoderPlan.build(batch), self.partitions(batch.latents))
 
     def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], targets: Targets) -> Posterior:
-        patch = batch.fit
-        if patch is None and self.config.head == "pieces":
-            patch = fit_cells(targets, batch.resolution)
+        patch = None
+        if self.config.head == "pieces":
+            patch = fit_cells(targets, batch.resolution) if batch.fit is None else batch.fit
         return Posterior(*self.encoder(EncoderPlan.build(batch), partitions, _factor(batch.resolution), patch))
 
 

@@ -22,7 +22,7 @@ from reference_model.vae_pieces import COEFFICIENTS
 def keep_fits(volumes: Sequence[PreparedVolume], folder: Path, device: torch.device, ranks: Ranks) -> None:
     """Write what is missing in folder; each rank a share. Returns when all ranks are done.
 
-    Volumes with a margin, which are only resampled, get none.
+    Volumes with a margin, which are only resampled, get none. What lies there is taken as it is, whatever version of `vae_fit` made it.
     """
     from safetensors.torch import save_file
 

@@ -75,6 +75,8 @@ def test_the_model_begins_with_what_is_kept(tmp_path: Path, volume: PreparedVolu
     assert torch.equal(found.mean, expected.mean) and torch.equal(found.logvar, expected.logvar)
     other = model.encode(replace(kept, fit=kept.fit + 0.5))
     assert (other.mean - expected.mean).abs().max() > 0.4
+    without = stirred(SparseVAE(VAEConfig(**TINY, head="clamp")))
+    assert torch.equal(without.encode(kept).mean, without.encode(batch).mean)
 
 
 def test_only_what_is_missing_is_fitted(tmp_path: Path, volume: PreparedVolume, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def _fit(targets: Targets, resolution: int) -> Tensor:
     best = _least_squares(kind, torch.zeros_like(targets.band, dtype=torch.int64), wanted, pieces=1)
     best = _refine(best, wanted, slope, _STEPS, pieces=1)
     hard = (best.least > _PRICE).nonzero().flatten()  # the one wait for the device
-    for part in hard.split(_HARD):
+    for part in hard.split(_HARD) if len(hard) else ():
         several = _several(targets.rows(part), wanted.rows(part), slope)
         better = best.rows(part).where(several.least < best.least[part] - _PRICE, several)
         best = Fit(*(x.index_copy(0, part, y) for x, y in zip(best, better, strict=True)))

@@ -27,9 +27,9 @@ DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 @pytest.fixture
 def volume(tmp_path: Path) -> PreparedVolume:
     path = tmp_path / "box.safetensors"
-    save_volume(volume_of(box((0.3, 0.2, 0.12), rotation(5)), 64), path)
+    save_volume(volume_of(box((0.3, 0.2, 0.12), rotation(5)), 128), path)
     stored = load_volume(path)
-    return PreparedVolume(path, "box", "0" * 64, "train", 64, len(stored.latents), len(stored.coords))
+    return PreparedVolume(path, "box", "0" * 64, "train", 128, len(stored.latents), len(stored.coords))
 
 
 def fit_of(batch: VolumeBatch) -> torch.Tensor:
@@ -52,12 +52,12 @@ def test_a_drawn_batch_has_the_fit_of_its_cells(tmp_path: Path, volume: Prepared
     keep_fits([volume], tmp_path / "fits", torch.device(device), Ranks())
     source = PreparedSource((volume,), tmp_path / "fits")
     for patch, symmetries in ((None, False), (8, False), (8, True)):
-        stream = BatchStream([(source, 1.0)], [64], tokens=150, max_tokens=1000, symmetries=symmetries, patch_latents=patch)
+        stream = BatchStream([(source, 1.0)], [128], tokens=600, max_tokens=1000, symmetries=symmetries, patch_latents=patch)
         batch = stream[0].to(device)
         assert batch.fit.device.type == device and len(batch.meta) > 1 and len(batch.fit) == len(batch.latents)
         targets = make_targets(batch)
         near = targets.band & (targets.values.abs() < 0.5)
-        error, own = ((piece_values(z, 64) - targets.values).abs()[near].mean() for z in (batch.fit, fit_of(batch)))
+        error, own = ((piece_values(z, 128) - targets.values).abs()[near].mean() for z in (batch.fit, fit_of(batch)))
         assert error < 1.02 * own + 1e-5  # turned, one of two that fit as well may be the other
         if not symmetries:
             assert (batch.fit - fit_of(batch)).abs().max() < 1e-3
@@ -82,16 +82,16 @@ def test_the_model_begins_with_what_is_kept(tmp_path: Path, volume: PreparedVolu
 def test_only_what_is_missing_is_fitted(tmp_path: Path, volume: PreparedVolume, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "fits"
     bare = PreparedSource((volume,))
-    packed = bare.read(volume, 64)
+    packed = bare.read(volume, 128)
     assert isinstance(packed, PackedVolume) and packed.fit is None and bare.identity != PreparedSource((volume,), folder).identity
     with pytest.raises(ValueError, match="does not exist: fits must be kept"):
-        PreparedSource((volume,), folder).read(volume, 64)
-    save_volume(volume_of(box((0.3, 0.2, 0.12)), 64, margin=0.1), tmp_path / "wide.safetensors")
+        PreparedSource((volume,), folder).read(volume, 128)
+    save_volume(volume_of(box((0.3, 0.2, 0.12)), 128, margin=0.1), tmp_path / "wide.safetensors")
     wide = replace(volume, path=tmp_path / "wide.safetensors")
     keep_fits([volume, wide], folder, torch.device("cpu"), Ranks())
-    assert [p.name for p in folder.iterdir()] == ["box_64.safetensors"]
-    assert not isinstance(PreparedSource((wide,), folder).read(wide, 64), PackedVolume)
-    fitted = PreparedSource((volume,), folder).read(volume, 64)
+    assert [p.name for p in folder.iterdir()] == ["box_128.safetensors"]
+    assert not isinstance(PreparedSource((wide,), folder).read(wide, 128), PackedVolume)
+    fitted = PreparedSource((volume,), folder).read(volume, 128)
     assert isinstance(fitted, PackedVolume) and PackedBatch.of([fitted]).fit is not None
     assert PackedBatch.of([fitted, packed]).fit is None
     monkeypatch.setattr(vae_fits, "fit_cells", None)

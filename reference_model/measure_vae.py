@@ -91,13 +91,15 @@ def measure_one(model: SparseVAE, volume: Volume, config: Any, device: torch.dev
     rows = []
     crop = config.crop_latents if volume.resolution >= config.crop_from else None
     if facts["latents"] <= config.train_latents:
-        kept = replace(batch, fit=fit_cells(make_targets(batch), volume.resolution)) if model.config.head == "pieces" else None
+        steps = {"training step": batch}
+        if model.config.head == "pieces":
+            steps["training step, fits kept"] = replace(batch, fit=fit_cells(make_targets(batch), volume.resolution))
         passes = 4 if config.checkpointing else 3  # forward, perhaps again, and a backward of two
-        for what, given in {"training step": batch, "training step, fits kept": kept}.items():
-            if given is not None:
-                cost = measure(partial(train_step, model.train(), given, crop), device, config.repeats)
-                operations = {} if crop else {"tflops": passes * 1e-9 * model.flops(batch) / cost["ms"]}
-                rows.append(facts | {"what": what, "precision": "bf16", "crop": crop} | cost | operations)
+        operations = None if crop else passes * 1e-9 * model.flops(batch)
+        for what, given in steps.items():
+            cost = measure(partial(train_step, model.train(), given, crop), device, config.repeats)
+            rate = {} if operations is None else {"tflops": operations / cost["ms"]}
+            rows.append(facts | {"what": what, "precision": "bf16", "crop": crop} | cost | rate)
         model.zero_grad(set_to_none=True)
     latents = batch.latents[:, 1:]
     model.eval()

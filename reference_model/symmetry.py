@@ -72,7 +72,7 @@ def turn_batch(batch: VolumeBatch, indices: Sequence[int], device: torch.device 
             {**meta, "symmetry": str(_after(i, int(meta.get("symmetry", 0))))}
             for meta, i in zip(batch.meta, indices, strict=True)
         ),
-        fit=None if moved.fit is None else turn_latents(moved.fit, _turns(chosen.device)[chosen][sample])[order],
+        fit=None if moved.fit is None else turn_latents(moved.fit, _turns(chosen.device), chosen[sample])[order],
     )  # fmt: skip
 
 

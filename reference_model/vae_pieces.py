@@ -106,11 +106,10 @@ def turning(came_from: Tensor) -> Tensor:
     return torch.stack([torch.stack([torch.block_diag(*x) for x in zip(*blocks, strict=True)]) for blocks in ((a, b), (b, b, b))], 1)
 
 
-def turn_latents(z: Tensor, turns: Tensor) -> Tensor:
-    """Latents [L,16] of cells moved by turns [L,2,15,15]: what a fit of the moved cells would say, but for ties."""
+def turn_latents(z: Tensor, turns: Tensor, motion: Tensor) -> Tensor:
+    """Latents [L,16] of cells moved by motions [L] of turns [S,2,15,15]: what a fit of the moved cells would say, but for ties."""
     three = ((z[:, NUMBERS] / STEP).round().abs() >= FORMS.index("three")).long()
-    own = turns.gather(1, three.view(-1, 1, 1, 1).expand(-1, 1, NUMBERS, NUMBERS))[:, 0].to(z)
-    return torch.cat((torch.einsum("lab,lb->la", own, z[:, :NUMBERS]), z[:, NUMBERS:]), 1)
+    return torch.cat((torch.einsum("lab,lb->la", turns[motion, three].to(z), z[:, :NUMBERS]), z[:, NUMBERS:]), 1)
 
 
 def piece_values(z: Tensor, resolution: int) -> Tensor:

@@ -41,7 +41,7 @@ def test_turned_latents_say_the_same_of_turned_cells(kind: int) -> None:
     came_from = _tables(torch.device("cpu"))[1]
     numbers = 0.3 * torch.randn(48, NUMBERS, generator=torch.Generator().manual_seed(kind))
     z = as_latents(numbers, torch.full((48,), kind))
-    turned = turn_latents(z, turning(came_from))
+    turned = turn_latents(z, turning(came_from), torch.arange(48))
     said = piece_values(z, 256)
     assert (piece_values(turned, 256) - said.gather(1, came_from)).abs().max() < 1e-4 * said.abs().max()
     assert torch.equal(turned[:, NUMBERS:], z[:, NUMBERS:]) and (turned - z).abs().amax(1)[1:].min() > 0.01

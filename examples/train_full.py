@@ -23,7 +23,7 @@ from reference_model.cli import parse
 from reference_model.shapes import FAMILIES
 from reference_model.sources import find_sources
 
-LONGEST = 180  # seconds that a volume may take: one mesh must not hold up a run of minutes
+LONGEST = 90  # seconds that a volume may take: one mesh must not hold up a run of minutes
 SINGLE = ("lattice", "minimal")  # heavy: one shape of each, no copies
 NO_COPIES = (*SINGLE, "nested")  # of many pieces
 BLADES = 8  # times as many of the thinnest family
@@ -96,16 +96,19 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below: they are as many as there are cores
     parse("train_vae", ("init",), [*RECIPE, *settings])  # a mistake is told before the volumes are made
     held = list(parse("train_vae", (), [])[0].held_out)
-    share = max(1, options.workers // len(options.resolutions))
     plan = list(zip(options.resolutions, options.volumes, range(len(options.volumes)), strict=True))
+    works = [volumes * r**2 for r, volumes, _ in plan]
+    shares = [max(1, round(options.workers * work / sum(works))) for work in works]  # so that all resolutions are ready at once
     drawn = [r for r, chance in zip(options.resolutions, options.chances, strict=True) for _ in range(chance)]
 
     def prepare() -> None:
-        for resolution, volumes, seed in plan:
-            write_list(options.meshes, out, held, volumes, seed, out / f"list_{resolution}.csv")
-        limit = f"timeout={LONGEST}"
-        place = [(f"meshes={out / f'list_{r}.csv'}", f"out={out / 'prepared' / str(r)}", f"resolution={r}") for r, _, _ in plan]
-        run_all(pool, [("prepare", *paths, "val=0", "test=0", "contact_sheet=0", limit, f"workers={share}") for paths in place])
+        jobs = []
+        for (resolution, volumes, seed), share in zip(plan, shares, strict=True):
+            path, made = out / f"list_{resolution}.csv", out / "prepared" / str(resolution)
+            write_list(options.meshes, out, held, volumes, seed, path)
+            how = ("val=0", "test=0", "contact_sheet=0", f"timeout={LONGEST}", f"workers={share}")
+            jobs.append(("prepare", f"meshes={path}", f"out={made}", f"resolution={resolution}", *how))
+        run_all(pool, jobs)
 
     def train() -> None:
         minutes = [f"trainer.minutes={options.minutes}", f"trainer.schedule_minutes={options.minutes}"]
@@ -114,6 +117,7 @@ def main() -> None:
         subprocess.run(launch(*RECIPE, *minutes, *paths, *drawing, *settings), check=True)
 
     def score() -> None:
+        share = max(1, options.workers // len(options.resolutions))
         fixed = (f"meshes={options.meshes}", f"names=[{','.join(held)}]", f"workers={share}", f"weights={out}/run/weights.safetensors")
         run_all(pool, [("evaluate_vae", *fixed, f"out={out / f'scores_{r}'}", f"resolution={r}") for r in options.resolutions])
 

@@ -29,7 +29,8 @@ from reference_model.vae_pieces import (
     slope_of,
 )
 
-_ROWS, _HARD = 1 << 13, 1 << 11  # latents at once, of one piece and of several
+_ROWS = {"cpu": 1 << 8, "cuda": 1 << 13}  # latents at once: what fits a processor's cache, what fills a GPU
+_HARD = {"cpu": 1 << 6, "cuda": 1 << 12}  # the same where several pieces are fitted
 _NEAR = 0.35  # voxels from the surface where a voxel counts half
 _PRICE = 3e-4  # mean error by which several pieces must be better than one
 _ROUNDS = 6  # of least squares
@@ -95,9 +96,10 @@ def fit_cells(targets: Targets, resolution: int) -> Tensor:
 
     A cell that one piece fits to within `_PRICE` is not tried with more: several could not be better by that.
     """
-    with torch.autocast(targets.values.device.type, enabled=False):
-        parts = range(0, max(len(targets.values), 1), _ROWS)
-        return torch.cat([_fit(targets.rows(slice(i, i + _ROWS)), resolution) for i in parts])
+    device = targets.values.device.type
+    with torch.autocast(device, enabled=False):
+        parts = range(0, max(len(targets.values), 1), _ROWS[device])
+        return torch.cat([_fit(targets.rows(slice(i, i + _ROWS[device])), resolution) for i in parts])
 
 
 def _fit(targets: Targets, resolution: int) -> Tensor:
@@ -107,7 +109,7 @@ def _fit(targets: Targets, resolution: int) -> Tensor:
     best = _least_squares(kind, torch.zeros_like(targets.band, dtype=torch.int64), wanted, pieces=1)
     best = _refine(best, wanted, slope, _STEPS, pieces=1)
     hard = (best.least > _PRICE).nonzero().flatten()  # the one wait for the device
-    for part in hard.split(_HARD) if len(hard) else ():
+    for part in hard.split(_HARD[hard.device.type]) if len(hard) else ():
         several = _several(targets.rows(part), wanted.rows(part), slope)
         better = best.rows(part).where(several.least < best.least[part] - _PRICE, several)
         best = Fit(*(x.index_copy(0, part, y) for x, y in zip(best, better, strict=True)))
@@ -175,34 +177,42 @@ def _system(grams: Tensor, right: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]
 
 def _refine(fit: Fit, wanted: Wanted, slope: float, steps: int, pieces: int = 3) -> Fit:
     """Better numbers for the formula with distances. In float64: which step is taken must not depend on how sums are rounded."""
-    y, piece, rows = _linearised(fit, slope, pieces)
+    y, piece, parts = _linearised(fit, slope, pieces)
     fit = fit._replace(least=wanted.loss(y))
     damping = torch.full_like(fit.least, _DAMPING)
     for _ in range(steps):
-        own = _of_pieces(wanted.weights(y), piece, pieces)
-        grams = torch.stack([(rows * weights[..., None]).mT @ rows for weights in own.unbind(1)], 1)
-        matrix, right = _system(grams, (own * (wanted.values - y)[:, None]) @ rows, fit.kind)
+        own, rows = _of_pieces(wanted.weights(y), piece, pieces), _by_coefficients(parts)
+        grams = torch.stack([(rows * weights[:, None]) @ rows.mT for weights in own.unbind(1)], 1)
+        matrix, right = _system(grams, (own * (wanted.values - y)[:, None]) @ rows.mT, fit.kind)
         mean = matrix.diagonal(dim1=1, dim2=2).mean(1)
         new = fit._replace(numbers=fit.numbers + _solve_ridge(matrix, right - _RIDGE * fit.numbers, (damping * mean)[:, None]))
-        y_new, piece_new, rows_new = _linearised(new, slope, pieces)
+        y_new, piece_new, parts_new = _linearised(new, slope, pieces)
         new = new._replace(least=wanted.loss(y_new))
         better = new.least < fit.least - TIE**2
         damping = damping * torch.where(better, _FALL, _RISE)
         fit, y, piece = fit.where(better, new), torch.where(better[:, None], y_new, y), torch.where(better[:, None], piece_new, piece)
-        rows = torch.where(better[:, None, None], rows_new, rows)
+        parts = torch.where(better[:, None], parts_new, parts)
     return fit
 
 
 def _linearised(fit: Fit, slope: float, pieces: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Values [L,512], whose piece says so [L,512], and derivatives [L,512,10] by the coefficients of that piece's polynomial."""
+    """Values [L,512], whose piece says so [L,512], and derivatives [4,L,512] by the value and the slopes of that piece's polynomial."""
     f = fields(polynomials(fit.numbers, fit.kind, pieces))
     size = sizes(f, slope)
     d = f[:, 0] / size
     piece = piece_at(d, fit.kind)
     y, size = (x.gather(0, piece[None])[0] for x in (d, size))
     slopes = f[:, 1:].gather(0, piece.expand(1, 3, -1, -1))[0]
-    parts = torch.cat((1 / size[None], -y * slopes / (size * slope).square() * (size > FLAT)))
-    return y, piece, torch.einsum("dlc,dck->lck", parts, bases_of(y.device).a)
+    return y, piece, torch.cat((1 / size[None], -y * slopes / (size * slope).square() * (size > FLAT)))
+
+
+def _by_coefficients(parts: Tensor) -> Tensor:
+    """Derivatives [4,L,512] by a polynomial's value and slopes → [L,10,512] by its coefficients."""
+    basis = bases_of(parts.device).a.mT.contiguous()
+    rows = parts[0, :, None] * basis[0]
+    for part, grown in zip(parts[1:], basis[1:], strict=True):
+        rows.addcmul_(part[:, None], grown)
+    return rows
 
 
 def _three(wanted: Wanted, group: Tensor) -> tuple[Tensor, Tensor]:

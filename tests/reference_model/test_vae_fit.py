@@ -139,7 +139,8 @@ def test_turned_with_the_volume():
 def test_fitted_in_pieces_as_at_once(monkeypatch):
     targets = make_targets(small_batch())
     whole = fit_cells(targets, 256)
-    monkeypatch.setattr(vae_fit, "_ROWS", 7)
+    monkeypatch.setitem(vae_fit._ROWS, "cpu", 7)
+    monkeypatch.setitem(vae_fit._HARD, "cpu", 2)
     torch.testing.assert_close(piece_values(fit_cells(targets, 256), 256), piece_values(whole, 256), rtol=0, atol=1e-3)
 
 
@@ -224,10 +225,11 @@ def test_the_derivatives_of_pieces():
         return piece_values(as_latents(x, kind), 512)
 
     fit = Fit(numbers.double(), kind, torch.zeros(27).double())
-    y, piece, rows = vae_fit._linearised(fit, slope_of(512))
+    y, piece, parts = vae_fit._linearised(fit, slope_of(512))
     assert torch.allclose(y.float(), values(numbers), atol=1e-5)
     maps = kinds_of(y.device, y.dtype).maps[kind[:, None], piece]  # [27,512,10,15]
     wanted = torch.autograd.functional.jacobian(lambda x: values(x).sum(0), numbers, vectorize=True)  # [512,27,15]
+    rows = vae_fit._by_coefficients(parts).mT  # [27,512,10]
     assert ((rows[:, :, None] @ maps)[:, :, 0] - wanted.transpose(0, 1)).abs().max() < 1e-3 * wanted.abs().max()
     assert set(piece[kind > ONE + 2].unique().tolist()) == {0, 1, 2}
 

@@ -25,15 +25,14 @@ def test_card():
 
 
 def test_reconstruction():
-    """A sphere, a block with edges and a torus of a few cells: no more of the squares in the band than pieces alone leave, of the torus
-    less than 0.85."""
+    """A ball, a block with edges and a torus of a few cells: a tenth fewer squares than pieces alone leave. Of the ball alone, which they
+    hold almost exactly, more."""
     model = load_vae(DEFAULT_WEIGHTS)
-    for volume, share in zip(shapes(), (1.0, 1.0, 0.85), strict=True):
-        batch = collate_volumes([volume])
-        targets = make_targets(batch, focus=model.config.focus)
-        with torch.no_grad():
-            decoded = model.decode(model.encode(batch).mean, batch.latents, batch.resolution)
-        ours = reconstruction_terms(decoded, targets)
-        alone = reconstruction_terms(piece_values(fit_cells(targets, batch.resolution), batch.resolution), targets)
-        assert ours["in"] < share * alone["in"] and ours["ext"] < 1.1 * alone["ext"] + 2e-6
-        assert ours["sharp"] <= alone["sharp"]
+    batch = collate_volumes(shapes())
+    targets = make_targets(batch, focus=model.config.focus)
+    with torch.no_grad():
+        decoded = model.decode(model.encode(batch).mean, batch.latents, batch.resolution)
+    ours = reconstruction_terms(decoded, targets)
+    alone = reconstruction_terms(piece_values(fit_cells(targets, batch.resolution), batch.resolution), targets)
+    for name in ("in", "ext", "sharp"):
+        assert ours[name] < 0.92 * alone[name]

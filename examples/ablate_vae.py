@@ -1,14 +1,15 @@
 """What limits the VAE: the compact model trained for as many minutes in each variant, scored on the held-out meshes at 256.
 
-`python -m examples.ablate_vae --meshes DIR --prepared DIR --out DIR [--minutes 1] [--jobs 1]` → OUT/ablation.md; PREPARED as
-`examples/train_vae.sh` leaves it, the first variant with its model and optimiser at 256 alone. A scored variant is not trained again,
-and the volumes of the held-out meshes in OUT/volumes are not made again: another MESHES needs another OUT.
+`python -m examples.ablate_vae --meshes DIR --prepared DIR --out DIR [--minutes 1] [--jobs 1]` → OUT/ablation.md; PREPARED holds volumes at
+256 and 512, as `examples.train_full` leaves them. A scored variant is not trained again, and the volumes of the held-out meshes in
+OUT/volumes are not made again: other MESHES or minutes need another OUT.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -23,18 +24,19 @@ import torch
 from reference_model.cli import parse
 from reference_model.dataset import find_prepared
 from reference_model.distributed import Ranks
-from reference_model.vae_fits import keep_fits
+from reference_model.vae_fits import fits_folder, keep_fits
 
 # name → settings of train_vae, settings of evaluate_vae
 VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "pieces, learned pooling, subpixel decoder": ([], []),
     "pieces alone, no training": (["trainer.steps=1", "trainer.lr=0"], []),
+    "up to three pieces, no planes": (["vae.planes=false"], []),
     "no pieces, clamped": (["vae.head=clamp"], []),
     "no pieces, tanh (paper)": (["vae.head=tanh"], []),
     "pooling by the mean (paper)": (["vae.pooling=mean"], []),
     "symmetric decoder (paper)": (["vae.decoder=symmetric"], []),
     "released decoder": (["vae.decoder=released"], []),
-    "no pieces, outside of the band taught +1 (released)": (["vae.head=tanh", "+vae.ext_target=released"], []),
+    "no pieces, outside of the band taught +1 (released)": (["vae.head=tanh", "vae.ext_target=released"], []),
     "no sharp loss": (["vae.lambda_sharp=0"], []),
     "occupancy head, pruned at 1/2": (["vae.occupancy=true"], ["prune=0.5"]),
     "trained at 256 and 512": (["resolutions=[256,512]"], []),
@@ -49,9 +51,15 @@ BASE = [
 ]  # fmt: skip
 
 
+def one_thread() -> dict[str, str]:
+    """The environment of processes that are as many as there are cores."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def command(module: str, *arguments: str) -> None:
     """Run a module of the reference model; RuntimeError with the end of what it said."""
-    done = subprocess.run([sys.executable, "-m", f"reference_model.{module}", *arguments], capture_output=True, text=True, check=False)
+    call = [sys.executable, "-m", f"reference_model.{module}", *arguments]
+    done = subprocess.run(call, env=one_thread(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{module} {' '.join(arguments)}: {done.stderr[-2000:]}")
 
@@ -60,7 +68,7 @@ def run_variant(options: argparse.Namespace, names: str, variant: tuple[str, tup
     """Train and score one variant: its last validation and its gaps to the ceiling."""
     name, (training, scoring) = variant
     out = options.out / name.split(" (")[0].replace(" ", "_").replace("/", "_").replace(",", "")
-    schedule = [f"trainer.minutes={options.minutes}", f"trainer.schedule_minutes={options.minutes}", "trainer.validate_every=100000"]
+    schedule = [f"trainer.schedule_minutes={options.minutes}", "trainer.validate_every=100000"]
     if not (out / "scores" / "scores.json").exists():
         begun = [] if any(setting.startswith("vae.head=") for setting in training) else [f"fits={options.out / 'fits'}"]
         data = [f"prepared={options.prepared}", *begun, f"workers={options.workers}"]
@@ -101,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     held_out = ",".join(parse("train_vae", ("out",), [])[0].held_out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    keep_fits(find_prepared(options.prepared), options.out / "fits", device, Ranks())  # once, not by each job
+    keep_fits(find_prepared(options.prepared), fits_folder(options.out / "fits", True), device, Ranks())  # once, not by each job
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for row in pool.map(partial(run_variant, options, held_out), [(name, VARIANTS[name]) for name in options.only]):

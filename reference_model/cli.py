@@ -29,7 +29,7 @@ def parse(
     folder = Path(__file__).resolve().parent / "configs"
     if "--help" in argv or "-h" in argv:
         print(f"python -m reference_model.{config_name} " + " ".join(f"{name}=…" for name in paths) + " key=value …\n")
-        print((folder / f"{config_name}.yaml").read_text(encoding="utf-8"), end="")
+        _print_settings(folder, config_name)
         raise SystemExit(0)
     found: dict[str, str] = {}
     overrides = []
@@ -52,6 +52,15 @@ def parse(
     except Exception as error:
         _stop(str(error))
         raise
+
+
+def _print_settings(folder: Path, config_name: str) -> None:
+    """The file of a configuration, then those of the groups that it chooses."""
+    path = folder / f"{config_name}.yaml"
+    print(path.read_text(encoding="utf-8"), end="")
+    for chosen in optional_import("omegaconf").OmegaConf.load(path).get("defaults", []):
+        for group, name in chosen.items() if chosen != "_self_" else ():
+            print(f"\n# {group}={name}\n" + (folder / group / f"{name}.yaml").read_text(encoding="utf-8"), end="")
 
 
 def _stop(message: str) -> None:

@@ -93,7 +93,7 @@ def measure_one(model: SparseVAE, volume: Volume, config: Any, device: torch.dev
     if facts["latents"] <= config.train_latents:
         steps = {"training step": batch}
         if model.config.head == "pieces":
-            steps["training step, fits kept"] = replace(batch, fit=fit_cells(make_targets(batch), volume.resolution))
+            steps["training step, fits kept"] = replace(batch, fit=fit_cells(make_targets(batch), volume.resolution, model.config.planes))
         passes = 4 if config.checkpointing else 3  # forward, perhaps again, and a backward of two
         operations = None if crop else passes * 1e-9 * model.flops(batch)
         for what, given in steps.items():

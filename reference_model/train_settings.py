@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What `Trainer` needs to know; all of it but `minutes` and the `…_every` shapes the curve."""
+    """What `Trainer` needs to know; all of it shapes the curve but `minutes`, the `…_every`, `keep`, `max_skipped` and `peak_tflops`."""
 
     steps: int
     lr: float = 1e-4
@@ -15,7 +15,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: str = "cosine"  # cosine (to 0) or constant, after the warm-up
     warmup: int = 0  # steps of linear rise
-    schedule_minutes: float | None = None  # the cosine ends after so much training, over all calls, in place of `steps`
+    schedule_minutes: float | None = None  # the cosine and the run end after so much training, over all calls: no two runs are alike
     clip: float = 1.0  # norm of all gradients together
     ema: float = 0.9999  # reached from below: (1 + step) / (10 + step) at first
     precision: str = "bf16"  # bf16 (autocast) or fp32
@@ -35,6 +35,11 @@ class TrainSettings:
             raise ValueError(f"optimizer is adamw or muon, got {self.optimizer=}")
         if min(self.steps, self.log_every, self.validate_every, self.save_every, self.keep) < 1:
             raise ValueError(f"steps, log_every, validate_every, save_every and keep must be positive, got {self}")
+
+    def is_over(self, seconds: float, of_this_call: float) -> bool:
+        """After so many seconds of training, of all calls and of this one."""
+        limits = ((seconds, self.schedule_minutes), (of_this_call, self.minutes))
+        return any(minutes is not None and done >= 60 * minutes for done, minutes in limits)
 
     def rate(self, step: int, seconds: float) -> float:
         """Learning rate of step (0 is the first) after so many seconds of training."""

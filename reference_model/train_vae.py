@@ -22,14 +22,14 @@ from reference_model.cli import optional_import, parse
 from reference_model.dataset import PreparedVolume, VolumeBatch, collate_volumes, find_prepared
 from reference_model.distributed import Ranks
 from reference_model.extract import extract_mesh
-from reference_model.packed import PackedBatch, PackedVolume
+from reference_model.packed import PackedBatch, PackedVolume, read_packed
 from reference_model.train_settings import TrainSettings
 from reference_model.trainer import Trainer
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_blocks import compile_fused
 from reference_model.vae_decode import decode_volume, load_vae, save_vae
-from reference_model.vae_fits import keep_fits
-from reference_model.volume import Volume, load_volume
+from reference_model.vae_fits import fits_folder, keep_fits
+from reference_model.volume import RESAMPLING_MARGIN, Volume, load_volume
 
 # what may change between the calls of one run; all else shapes the curve
 _FREE = ("workers", "device", "commit", "picture", "validation")
@@ -72,7 +72,8 @@ def load_data(config: Mapping[str, Any], paths: Mapping[str, str], rank: int = 0
         train, held = split_prepared(find_prepared(paths["prepared"]), list(config["held_out"]))
         fitting = [v for v in train if config["patch_latents"] or v.tokens <= config["max_tokens"] or v.resolution not in resolutions]
         facts |= {"train": len(fitting), "dropped": len(train) - len(fitting), "held_out": sorted({v.name for v in held})}
-        source = PreparedSource(tuple(fitting), Path(paths["fits"]) if "fits" in paths else None)
+        _check_resolutions(fitting, resolutions)
+        source = PreparedSource(tuple(fitting), fits_folder(paths["fits"], config["vae"]["planes"]) if "fits" in paths else None)
         sources.append((source, config["weights"]["prepared"]))
         for resolution in sorted({v.resolution for v in held}):
             group = [v for v in held if v.resolution == resolution and v.tokens <= config["max_tokens"]]
@@ -96,6 +97,17 @@ def load_data(config: Mapping[str, Any], paths: Mapping[str, str], rank: int = 0
     return Data(stream, validation, None, facts)
 
 
+def _check_resolutions(volumes: Sequence[PreparedVolume], resolutions: Sequence[int]) -> None:
+    """ValueError unless volumes are of these resolutions, or the finest can be resampled."""
+    absent = sorted(set(resolutions) - {v.resolution for v in volumes})
+    finest = max(volumes, key=lambda v: v.resolution, default=None)
+    if absent and finest and not read_packed(finest.path).margin:
+        raise ValueError(
+            f"resolutions={absent} were not prepared, and {finest.path.name} has no margin to be resampled: "
+            f"prepare with margin={RESAMPLING_MARGIN:.4f}, or draw resolutions={sorted({v.resolution for v in volumes})}"
+        )
+
+
 def _whole(volume: Volume | PackedVolume) -> VolumeBatch:
     return PackedBatch.of([volume]).unpack("cpu") if isinstance(volume, PackedVolume) else collate_volumes([volume])
 
@@ -105,7 +117,8 @@ def _keep_fits(config: Mapping[str, Any], paths: Mapping[str, str], device: torc
     head, share = config["vae"]["head"], config["weights"]["prepared"]
     if head != "pieces" or not share or "prepared" not in paths:
         raise ValueError(f"fits= is of prepared volumes and of head pieces, got head {head}, weights.prepared {share} and {sorted(paths)}")
-    keep_fits(find_prepared(paths["prepared"]), Path(paths["fits"]), device, ranks)
+    planes = config["vae"]["planes"]
+    keep_fits(find_prepared(paths["prepared"]), fits_folder(paths["fits"], planes), device, ranks, planes)
 
 
 def _shapes(config: Mapping[str, Any], paths: Mapping[str, str]) -> ShapeSource:
@@ -155,7 +168,7 @@ def draw_reconstruction(batch: VolumeBatch, precision: str, model: Any, path: Pa
 def build_model(config: Mapping[str, Any], paths: Mapping[str, str], device: torch.device) -> SparseVAE:
     """The model of config["vae"], or the weights of init= if they are of that form."""
     torch.manual_seed(config["trainer"]["seed"])
-    model = SparseVAE(VAEConfig(**config["vae"]))
+    model = SparseVAE(VAEConfig(conv_backend=config["conv_backend"], **config["vae"]))
     if "init" in paths:
         model.load_state_dict(load_vae(paths["init"]).state_dict())
     model.activation_checkpointing = config["checkpointing"]

@@ -2,7 +2,8 @@
 
 A model has `loss(batch, generator) -> {"total": scalar, ...}`, or the caller gives one. A batch has `to(device, non_blocking)` and
 `counts`, numbers to add up ("tokens" among them). Batches come from `batches(start)`: an endless iterator from batch `start` on, the same
-ones every time. What a step does follows from (seed, step, rank) and the state in the checkpoint.
+ones every time. What a step does follows from (seed, step, rank) and the state in the checkpoint; with `schedule_minutes` the rate follows
+the clock, and no two runs are alike.
 """
 
 import copy
@@ -103,7 +104,10 @@ class Trainer:
         self.history = [row for row in rows if row["step"] <= self.state.step]
 
     def run(self) -> list[dict[str, Any]]:
-        """Train until `steps` or `minutes` are over, then save; the rows of log.jsonl are returned. FloatingPointError: see max_skipped."""
+        """Train until `steps`, `schedule_minutes` or `minutes` are over, then save; the rows of log.jsonl are returned.
+
+        FloatingPointError: see max_skipped.
+        """
         settings, state = self.settings, self.state
         begin, before = time.perf_counter(), state.seconds
         iterator = self.batches(state.step)
@@ -111,7 +115,8 @@ class Trainer:
         self._open_log()
         with self.ranks.bar(settings.steps, state.step) as bar:
             self.model.train()
-            while state.step < settings.steps:
+            over = settings.is_over(state.seconds, 0.0)
+            while not over and state.step < settings.steps:
                 waiting = time.perf_counter()
                 batch = next(iterator)
                 window.wait += time.perf_counter() - waiting
@@ -119,7 +124,7 @@ class Trainer:
                 terms = self._step(batch, window)
                 state.step += 1
                 state.seconds = before + self.ranks.from_first(time.perf_counter() - begin)
-                over = settings.minutes is not None and state.seconds - before >= 60 * settings.minutes
+                over = settings.is_over(state.seconds, state.seconds - before)
                 last = over or state.step == settings.steps
                 saving = last or state.step % settings.save_every == 0
                 if saving or state.step % settings.log_every == 0:
@@ -135,8 +140,6 @@ class Trainer:
                     self._save()
                 window.begin += time.perf_counter() - pause  # the speed is that of steps
                 bar.update()
-                if over:
-                    break
         return self.history
 
     def _step(self, batch: Any, window: "_Window") -> dict[str, float]:

@@ -47,6 +47,7 @@ class VAEConfig:
     latent_channels: int = 16
     decoder: str = "subpixel"  # or "symmetric", "released": the blocks of `vae_blocks`
     head: str = "pieces"  # what the network corrects in each cell; or nothing: "clamp", "tanh" (released)
+    planes: bool = True  # pieces may be five planes, not up to three bent ones alone
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     error: str = "squared"  # of a value; or "smooth_l1", which counts what is almost right for more: `vae_loss`
@@ -173,7 +174,7 @@ class SparseVAE(nn.Module):
     def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], targets: Targets) -> Posterior:
         patch = None
         if self.config.head == "pieces":
-            patch = fit_cells(targets, batch.resolution) if batch.fit is None else batch.fit
+            patch = fit_cells(targets, batch.resolution, self.config.planes) if batch.fit is None else batch.fit
         return Posterior(*self.encoder(EncoderPlan.build(batch), partitions, _factor(batch.resolution), patch))
 
 

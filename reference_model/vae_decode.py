@@ -91,7 +91,7 @@ def save_vae(model: SparseVAE, path: str | os.PathLike[str], dtype: torch.dtype 
 
 def load_vae(path: str | os.PathLike[str], device: torch.device | str = "cpu", conv_backend: str | None = None) -> SparseVAE:
     """Model in float32 and evaluation mode; ValueError for a file of another kind."""
-    config = {"head": "tanh"} | json.loads(read_card(path)["config"])  # older files name no head
+    config = {"head": "tanh", "planes": False} | json.loads(read_card(path)["config"])  # older files do not name them
     model = SparseVAE(VAEConfig(**config | {"conv_backend": conv_backend}))
     model.load_state_dict(optional_import("safetensors.torch").load_file(path, device="cpu"))
     return model.to(device).eval().requires_grad_(False)

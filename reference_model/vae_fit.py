@@ -3,7 +3,8 @@
 One piece first. Where that is not enough, eight more beginnings: voxels in two groups as the larger or the smaller of two pieces or as the
 sides of a wall or a slit, and twice in three groups, near the surface or all alike, in the two best forms; each by least squares in turn
 with the choice of the piece that a voxel belongs to and with smaller weights for what stays far off (iteratively reweighted). They go on
-as distances (Levenberg-Marquardt), fewer and fewer of them.
+as distances (Levenberg-Marquardt), fewer and fewer of them. Where that is not enough either, five planes, begun as what voxels in five
+groups see, go on likewise.
 """
 
 from typing import NamedTuple
@@ -12,22 +13,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reference_model.tiles import lattice
 from reference_model.vae_bases import SMOOTH, bases_of
-from reference_model.vae_groups import second_piece, three_groups
+from reference_model.vae_groups import plane_groups, second_piece
 from reference_model.vae_loss import BETA, Targets
 from reference_model.vae_pieces import (
     FLAT,
+    HALF,
     NUMBERS,
     ONE,
+    PLANES,
+    REACH,
     TIE,
     as_latents,
     fields,
     kinds_of,
     piece_at,
+    plane_distances,
     polynomials,
     sizes,
     slope_of,
 )
+from reference_model.volume import CELL
 
 _ROWS = {"cpu": 1 << 8, "cuda": 1 << 13}  # latents at once: what fits a processor's cache, what fills a GPU
 _HARD = {"cpu": 1 << 6, "cuda": 1 << 12}  # the same where several pieces are fitted
@@ -37,6 +44,8 @@ _ROUNDS = 6  # of least squares
 _STEPS = 8  # of one piece
 _FORMS = 2  # of three groups that are tried further
 _REFINED = ((4, 3), (2, 4), (1, 10))  # of several: how many beginnings go on, for how many steps
+_PLANE_STEPS = 10
+_FURTHEST = 2.0  # of the logarithm of a vector's length
 _DAMPING, _RISE, _FALL = 1e-4, 8.0, 0.2  # of a step, and what it is multiplied by after one that fails or succeeds
 _RIDGE = 1e-5  # of squares of numbers: cells with few voxels leave most of them open, and more would round edges off
 # of a child outside of the band beside the heaviest one within: in what is compared; and in a round, where it is too near to the surface
@@ -91,43 +100,58 @@ class Fit(NamedTuple):
 
 
 @torch.no_grad()
-def fit_cells(targets: Targets, resolution: int) -> Tensor:
+def fit_cells(targets: Targets, resolution: int, planes: bool = True) -> Tensor:
     """Latents [L,16] float32 near to the band voxels, the more the nearer these are to the surface, that keep the side of other children.
 
-    A cell that one piece fits to within `_PRICE` is not tried with more: several could not be better by that.
+    planes: also of the form "planes".
+    A cell that fewer pieces fit to within `_PRICE` is not tried with more: these could not be better by that.
     """
     device = targets.values.device.type
     with torch.autocast(device, enabled=False):
         parts = range(0, max(len(targets.values), 1), _ROWS[device])
-        return torch.cat([_fit(targets.rows(slice(i, i + _ROWS[device])), resolution) for i in parts])
+        return torch.cat([_fit(targets.rows(slice(i, i + _ROWS[device])), resolution, planes) for i in parts])
 
 
-def _fit(targets: Targets, resolution: int) -> Tensor:
+def _fit(targets: Targets, resolution: int, planes: bool) -> Tensor:
     slope = slope_of(resolution)  # also the size of a voxel
     wanted = Wanted.of(targets, _NEAR * slope).double()
     kind = torch.full_like(targets.band[:, 0], ONE, dtype=torch.int64)
     best = _least_squares(kind, torch.zeros_like(targets.band, dtype=torch.int64), wanted, pieces=1)
     best = _refine(best, wanted, slope, _STEPS, pieces=1)
-    hard = (best.least > _PRICE).nonzero().flatten()  # the one wait for the device
-    for part in hard.split(_HARD[hard.device.type]) if len(hard) else ():
-        several = _several(targets.rows(part), wanted.rows(part), slope)
-        better = best.rows(part).where(several.least < best.least[part] - _PRICE, several)
-        best = Fit(*(x.index_copy(0, part, y) for x, y in zip(best, better, strict=True)))
+    for find in (_several, _planes)[: 1 + planes]:
+        left = (best.least > _PRICE).nonzero().flatten()  # a wait for the device
+        for part in left.split(_HARD[left.device.type]) if len(left) else ():
+            found = find(targets.rows(part), wanted.rows(part), slope)
+            better = best.rows(part).where(found.least < best.least[part] - _PRICE, found)
+            best = Fit(*(x.index_copy(0, part, y) for x, y in zip(best, better, strict=True)))
     return as_latents(best.numbers.float(), best.kind)
 
 
 def _several(targets: Targets, wanted: Wanted, slope: float) -> Fit:
-    """Of more than one piece."""
+    """Of up to three pieces."""
     count = len(targets.values)
     second = second_piece(targets, wanted.share.float()).long()
     begun = [(torch.full_like(second[:, 0], kind), second) for kind in (ONE - 2, ONE - 1, ONE + 1, ONE + 2)]
-    alike = targets.band / targets.band.sum(1, keepdim=True).clamp(min=1)
-    begun += [_three(wanted, three_groups(targets, share.float(), slope)) for share in (wanted.share, alike)]
+    begun += [_three(wanted, plane_groups(targets, share.float(), slope, 3)[0]) for share in _shares(targets, wanted)]
     kind, piece = (torch.cat(x) for x in zip(*begun, strict=True))
     found = _least_squares(kind, piece, wanted.repeat(len(kind) // count))
     for left, steps in _REFINED:
         found = _refine(found.rows(_places_of_best(found.least, count, left)), wanted.repeat(left), slope, steps)
     return found
+
+
+def _planes(targets: Targets, wanted: Wanted, slope: float) -> Fit:
+    """Of five planes, the larger or the smaller."""
+    groups = [plane_groups(targets, share.float(), slope, PLANES)[1] for share in _shares(targets, wanted)]
+    vectors = _vectors(torch.cat(2 * groups), slope)
+    larger = torch.arange(len(vectors), device=vectors.device) < len(vectors) // 2
+    found = _refine_planes(vectors, larger, wanted.repeat(2 * len(groups)), slope)
+    return found.rows(_places_of_best(found.least, len(targets.values), 1))
+
+
+def _shares(targets: Targets, wanted: Wanted) -> tuple[Tensor, Tensor]:
+    """Weights of children by which groups begin: the nearer to the surface the more, and all alike."""
+    return wanted.share, targets.band / targets.band.sum(1, keepdim=True).clamp(min=1)
 
 
 def _places_of_best(least: Tensor, count: int, left: int) -> Tensor:
@@ -219,7 +243,7 @@ def _three(wanted: Wanted, group: Tensor) -> tuple[Tensor, Tensor]:
     """Kinds [fL] and pieces of each child [fL,512] to begin with: of three groups [L,512] the f forms whose planes come nearest."""
     count, kind = len(group), torch.full_like(group[:, 0], ONE + 3)
     d = polynomials(_solve(wanted.share, group, wanted.values, kind), kind) @ bases_of(group.device).a[0].T
-    firsts = [(0, 1, 2), (1, 0, 2), (2, 0, 1)]  # which of the three is the outer one
+    firsts = [(0, 1, 2), (1, 0, 2), (2, 0, 1)]  # which of the three is the outer one: for "three" it does not matter
     orders = [firsts[0]] * 2 + firsts * 2
     kinds = [ONE + 3, ONE - 3] + [ONE + 4] * 3 + [ONE - 4] * 3
     tried = torch.tensor(kinds, device=kind.device).repeat_interleave(count)
@@ -228,3 +252,46 @@ def _three(wanted: Wanted, group: Tensor) -> tuple[Tensor, Tensor]:
     least = wanted.repeat(len(kinds)).loss(d.gather(0, piece[None])[0])
     best = _places_of_best(least, count, _FORMS)
     return tried[best], piece[best]
+
+
+def _vectors(planes: Tensor, slope: float) -> Tensor:
+    """What groups see [L,5,4] → vectors [L,5,3] float64."""
+    planes = planes.double()
+    size = planes[..., :3].norm(dim=2, keepdim=True)
+    direction = torch.where(size > TIE, planes[..., :3] / size, planes.new_tensor((1.0, 0.0, 0.0)))  # none: any
+    return direction * (planes[..., 3:] / (slope * HALF * REACH)).clamp(-_FURTHEST, _FURTHEST).exp()
+
+
+def _refine_planes(vectors: Tensor, larger: Tensor, wanted: Wanted, slope: float) -> Fit:
+    """`_refine` of planes, the larger or the smaller [L] bool of them: a child moves one vector, so that each has equations of its own."""
+    y, own, rows = _linearised_planes(vectors, larger, slope)
+    least = wanted.loss(y)
+    damping = torch.full_like(least, _DAMPING)
+    for _ in range(_PLANE_STEPS):
+        weights = own * wanted.weights(y)[:, None]
+        grams = (weights @ (rows[..., None] * rows[..., None, :]).flatten(2)).unflatten(2, (3, 3))
+        right = (weights * (wanted.values - y)[:, None]) @ rows
+        mean = grams.diagonal(dim1=2, dim2=3).mean((1, 2))
+        new = vectors + _solve_ridge(grams, right, (damping * mean)[:, None, None])
+        size = new.norm(dim=2, keepdim=True)
+        new = new * (size.log().clamp(-_FURTHEST, _FURTHEST).exp() / size)
+        y_new, own_new, rows_new = _linearised_planes(new, larger, slope)
+        least_new = wanted.loss(y_new)
+        better = least_new < least - TIE**2
+        damping = damping * torch.where(better, _FALL, _RISE)
+        y, least, chosen = torch.where(better[:, None], y_new, y), torch.where(better, least_new, least), better[:, None, None]
+        vectors, own, rows = torch.where(chosen, new, vectors), torch.where(chosen, own_new, own), torch.where(chosen, rows_new, rows)
+    return Fit(vectors.flatten(1), torch.where(larger, 2 * ONE, 0), least)
+
+
+def _linearised_planes(vectors: Tensor, larger: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Values [L,512], whose plane says so [L,5,512] bool, and derivatives [L,512,3] by its vector."""
+    sign = torch.where(larger, 1.0, -1.0).to(vectors)[:, None]
+    d = sign[:, None] * plane_distances(vectors, slope)
+    most = d.amax(1)
+    near = d > (most - TIE)[:, None]
+    own = near & (near.cumsum(1) == 1)  # the first
+    of_planes = torch.cat((F.normalize(vectors, dim=2), vectors.norm(dim=2, keepdim=True)), 2)
+    n, size = (own.to(vectors).mT @ of_planes).split((3, 1), 2)  # of each child
+    x = lattice(CELL, n.device).to(n) / HALF - 1
+    return sign * most, own, slope * HALF / size * (x + (REACH - (n * x).sum(2, keepdim=True)) * n)

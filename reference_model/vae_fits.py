@@ -19,8 +19,13 @@ from reference_model.vae_loss import make_targets
 from reference_model.vae_pieces import COEFFICIENTS
 
 
-def keep_fits(volumes: Sequence[PreparedVolume], folder: Path, device: torch.device, ranks: Ranks) -> None:
-    """Write what is missing in folder; each rank a share. Returns when all ranks are done.
+def fits_folder(fits: str | Path, planes: bool) -> Path:
+    """Where a training keeps fits with planes, or those without."""
+    return Path(fits) / ("planes" if planes else "pieces")
+
+
+def keep_fits(volumes: Sequence[PreparedVolume], folder: Path, device: torch.device, ranks: Ranks, planes: bool = True) -> None:
+    """Write what is missing in folder; each rank a share. Returns when all ranks are done. planes: as `fit_cells`.
 
     Volumes with a margin, which are only resampled, get none. What lies there is taken as it is, whatever version of `vae_fit` made it.
     """
@@ -31,7 +36,7 @@ def keep_fits(volumes: Sequence[PreparedVolume], folder: Path, device: torch.dev
     for volume in optional_import("tqdm").tqdm(missing, unit="fit", disable=ranks.rank > 0 or not missing):
         packed = read_packed(volume.path)
         if not packed.margin:
-            fit = fit_cells(make_targets(PackedBatch.of([packed]).unpack(device)), volume.resolution)
+            fit = fit_cells(make_targets(PackedBatch.of([packed]).unpack(device)), volume.resolution, planes)
             part = folder / f".{_path(folder, volume).name}.{os.getpid()}.part"
             save_file({"fit": fit.cpu()}, part)
             os.replace(part, _path(folder, volume))

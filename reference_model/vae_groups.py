@@ -37,9 +37,9 @@ def second_piece(targets: Targets, weights: Tensor) -> Tensor:
     return first == fewer[:, None]
 
 
-def three_groups(targets: Targets, share: Tensor, slope: float) -> Tensor:
-    """[L,512] group 0, 1 or 2 of each child by the plane it sees, (direction in which values rise, distance of the plane): the groups
-    begin with the three planes furthest apart."""
+def plane_groups(targets: Targets, share: Tensor, slope: float, count: int) -> tuple[Tensor, Tensor]:
+    """Groups of children by the plane that each one sees, begun with the planes furthest apart: the group [L,512] of each child, and what
+    groups see, [L,count,4], the direction in which values rise and how far the plane is from the cell's middle, in tau."""
     rise, known = slopes(targets.values, targets.band)
     place = slope * (lattice(CELL, rise.device).float() - (CELL - 1) / 2)
     planes = torch.cat((rise, _APART * (targets.values - (rise * place).sum(2))[..., None]), 2)
@@ -49,24 +49,32 @@ def three_groups(targets: Targets, share: Tensor, slope: float) -> Tensor:
     def at(child: Tensor) -> Tensor:
         return planes.gather(1, child[:, None, None].expand(-1, 1, 4))
 
-    def furthest(*centres: Tensor) -> Tensor:
-        apart = torch.stack([(planes - centre).square().sum(2) for centre in centres]).amin(0)
+    def furthest(centres: Tensor) -> Tensor:
+        apart = _apart(planes, centres).amin(1)
         return at((apart / TIE).round().masked_fill(~heavy, -1).argmax(1))
 
-    first = furthest(furthest(at(weights.argmax(1))))
-    second = furthest(first)
-    centres = torch.cat((first, second, furthest(first, second)), 1)
+    centres = furthest(furthest(at(weights.argmax(1))))
+    while centres.shape[1] < count:
+        centres = torch.cat((centres, furthest(centres)), 1)
     for _ in range(6):
-        group = _nearest(planes, centres)
-        own = F.one_hot(group, 3).mT * weights[:, None]
+        own = F.one_hot(_nearest(planes, centres), count).mT * weights[:, None]
         mass = own.sum(2, keepdim=True)
         centres = torch.where(mass > TIE**2, own @ planes / mass.clamp(min=TIE**2), centres)
-    return _nearest(planes, centres)
+    return _nearest(planes, centres), torch.cat((centres[..., :3], centres[..., 3:] / _APART), 2)
+
+
+def _apart(planes: Tensor, centres: Tensor) -> Tensor:
+    """[L,count,512]"""
+    return (planes[:, None] - centres[:, :, None]).square().sum(3)
 
 
 def _nearest(planes: Tensor, centres: Tensor) -> Tensor:
-    zero, one, two = ((planes[:, None] - centres[:, :, None]).square().sum(3) / TIE).round().unbind(1)
-    return torch.where(two < torch.minimum(zero, one), 2, (one < zero).long())  # over so few, argmin is slow on a CPU
+    """The first of the nearest; over so few, argmin is slow on a CPU."""
+    least, *others = (_apart(planes, centres) / TIE).round().unbind(1)
+    nearest = torch.zeros_like(least, dtype=torch.int64)
+    for i, apart in enumerate(others, 1):
+        nearest, least = torch.where(apart < least, i, nearest), torch.minimum(apart, least)
+    return nearest
 
 
 def slopes(values: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:

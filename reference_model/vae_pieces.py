@@ -1,16 +1,21 @@
-"""A cell of 8^3 voxels as 16 numbers of up to three pieces of surface, without a network: what the VAE's network then corrects.
+"""A cell of 8^3 voxels as 16 numbers of a few pieces of surface, without a network: what the VAE's network then corrects.
 
     value(x) = outer(d(f0), inner(d(f1), d(f2)))    d(f) = f / |slope of f| * slope of a distance    outer, inner: the larger or the smaller
 
 d is how far it is to where f is zero, to first order (Taubin 1991, "Estimation of planar curves, surfaces, and nonplanar space curves",
 section 4); its clamping to [-1, 1] is no part of what numbers have to tell. Of the 16 numbers 15 make the three polynomials, as the last
-one, the kind, says: a has all 10 coefficients of degree up to 2, each b has 5, degree up to 1 and |x|^2.
+one says, the kind: a form, and the larger or the smaller. a has all 10 coefficients of degree up to 2, each b has 5, degree up to 1
+and |x|^2.
 
     one      f0 = f1 = f2 = a                 a smooth piece of surface
     two      f0 = a, f1 = f2 = a + b          an edge
     wall     f0 = a, f1 = f2 = b - a          both sides of a wall, or of a slit, which bend alike
-    three    f0 = b0, f1 = b1, f2 = b2        a corner, or an edge beside another surface
+    three    f0 = b0, f1 = b1, f2 = b2        a corner
+    mixed    the same, outer unlike inner     a corner, or an edge beside another surface
+    planes   the larger or the smaller of 5   a wall with ridges, a tip, a corner of more faces
 
+A plane of the last kind is a vector m, n.x + REACH log |m| with n = m / |m| in the frame of the cell, where children lie in [-1, 1]: every
+vector is one plane and every plane one vector, and what turns a cell turns its vectors.
 The bases are orthonormal over the children and span the same under the 48 symmetries of the cube. `vae_fit` finds the numbers.
 """
 
@@ -20,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reference_model.tiles import lattice
 from reference_model.vae_bases import BEND, SMOOTH, bases_of
 from reference_model.volume import CELL, TAU
 
@@ -30,20 +36,25 @@ UNIT = 0.05  # of what the network adds to latents and values: what is to be cor
 TIE = 1e-4  # what is nearer to a tie counts as one: how a matrix product rounds, say with the size of a batch, then decides nothing
 STEP = 0.5  # from kind to kind in a latent: noise must not make one of another
 FLAT = 0.3  # of the slope of a distance: what is flatter is none, as the middle of a wall
-# (form, outer, inner) of kind k - 4: k < 0 has the smaller of the outer two, k > 0 the larger
-FORMS = ("one", "two", "wall", "three", "three")
+FORMS = ("one", "two", "wall", "three", "mixed", "planes")  # kind ONE ± i is form i: + the larger of the outer two, - the smaller
 ONE = len(FORMS) - 1
+PLANES = 5  # of the last form
+REACH = 2.0  # how far a plane is whose vector is e long, in half edges of a cell
+HALF = (CELL - 1) / 2  # such a half edge, from child to child
 
 
 class Kinds(NamedTuple):
-    maps: Tensor  # [9,3,10,15]: numbers to the coefficients of f0, f1, f2
-    outer: Tensor  # [9]: 1 the larger, -1 the smaller
-    inner: Tensor  # [9]
+    """What kinds 0…10 make of numbers."""
+
+    maps: Tensor  # [11,3,10,15]: numbers to the coefficients of f0, f1, f2; zero for planes
+    outer: Tensor  # [11]: 1 the larger, -1 the smaller
+    inner: Tensor  # [11]
 
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def kinds_of(device: torch.device, dtype: torch.dtype) -> Kinds:
+    """The table of kinds, made once for each device and dtype."""
     bases = bases_of(torch.device("cpu"))
     a = torch.eye(SMOOTH, NUMBERS).double()
     b_in_a = bases.a[0].T @ bases.b[0] / CELL**3  # [10,5]
@@ -51,13 +62,15 @@ def kinds_of(device: torch.device, dtype: torch.dtype) -> Kinds:
     def b(first: int) -> Tensor:
         return torch.cat((torch.zeros(SMOOTH, first), b_in_a, torch.zeros(SMOOTH, NUMBERS - BEND - first)), 1)
 
+    three = (b(0), b(BEND), b(2 * BEND))
     forms = {
-        "one": (a, a, a), "two": (a, *2 * (a + b(SMOOTH),)), "wall": (a, *2 * (b(SMOOTH) - a,)), "three": (b(0), b(BEND), b(2 * BEND)),
+        "one": (a, a, a), "two": (a, *2 * (a + b(SMOOTH),)), "wall": (a, *2 * (b(SMOOTH) - a,)), "three": three, "mixed": three,
+        "planes": 3 * (torch.zeros_like(a),),
     }  # fmt: skip
-    signs = [(1 if k > 0 else -1, abs(k)) for k in range(-ONE, ONE + 1)]
-    maps = torch.stack([torch.stack(forms[FORMS[form]]) for _, form in signs])
-    outer = torch.tensor([float(sign) for sign, _ in signs])
-    inner = torch.tensor([float(-sign if form == ONE else sign) for sign, form in signs])
+    kinds = [(1 if k > 0 else -1, FORMS[abs(k)]) for k in range(-ONE, ONE + 1)]
+    maps = torch.stack([torch.stack(forms[form]) for _, form in kinds])
+    outer = torch.tensor([float(sign) for sign, _ in kinds])
+    inner = torch.tensor([float(-sign if form == "mixed" else sign) for sign, form in kinds])
     return Kinds(maps.to(device, dtype), outer.to(device, dtype), inner.to(device, dtype))
 
 
@@ -67,7 +80,7 @@ def slope_of(resolution: int) -> float:
 
 
 def polynomials(numbers: Tensor, kind: Tensor, pieces: int = 3) -> Tensor:
-    """Numbers [L,15] of kinds [L] int64 in 0…8 → coefficients [3,L,10] of f0, f1, f2; or [1,L,10] of f0, where all are of one piece."""
+    """Numbers [L,15] of kinds [L] int64 in 0…10 → coefficients [3,L,10] of f0, f1, f2; or [1,L,10] of f0, where all are of one piece."""
     return torch.einsum("lpab,lb->pla", kinds_of(numbers.device, numbers.dtype).maps[kind, :pieces], numbers)
 
 
@@ -99,24 +112,42 @@ def as_latents(numbers: Tensor, kind: Tensor) -> Tensor:
 
 
 def turning(came_from: Tensor) -> Tensor:
-    """[S,2,15,15] float64, what motions of a cell do to the numbers of its latent, other kinds and "three"; came_from [S,512]: which child
-    lies at each child's place afterwards."""
+    """[S,3,15,15] float64, what motions of a cell do to the numbers of its latent: of simpler forms, of "three" and "mixed", of "planes";
+    came_from [S,512]: which child lies at each child's place afterwards."""
     bases = bases_of(came_from.device)
     a, b = (basis[0].T @ basis[0, came_from] / CELL**3 for basis in (bases.a, bases.b))
-    return torch.stack([torch.stack([torch.block_diag(*x) for x in zip(*blocks, strict=True)]) for blocks in ((a, b), (b, b, b))], 1)
+    vectors = b[:, 1:4, 1:4].flip(1, 2)  # as what is linear, whose terms are in z, y and x
+    families = ((a, b), 3 * (b,), PLANES * (vectors,))
+    return torch.stack([torch.stack([torch.block_diag(*x) for x in zip(*blocks, strict=True)]) for blocks in families], 1)
 
 
 def turn_latents(z: Tensor, turns: Tensor, motion: Tensor) -> Tensor:
-    """Latents [L,16] of cells moved by motions [L] of turns [S,2,15,15]: what a fit of the moved cells would say, but for ties."""
-    three = ((z[:, NUMBERS] / STEP).round().abs() >= FORMS.index("three")).long()
-    return torch.cat((torch.einsum("lab,lb->la", turns[motion, three].to(z), z[:, :NUMBERS]), z[:, NUMBERS:]), 1)
+    """Latents [L,16] of cells moved by motions [L] of turns [S,3,15,15]: what a fit of the moved cells would say, but for ties."""
+    form = (kind_of(z) - ONE).abs()
+    family = (form >= FORMS.index("three")).long() + (form == FORMS.index("planes"))
+    return torch.cat((torch.einsum("lab,lb->la", turns[motion, family].to(z), z[:, :NUMBERS]), z[:, NUMBERS:]), 1)
+
+
+def kind_of(z: Tensor) -> Tensor:
+    """Latents [L,16] → kinds [L] int64 in 0…10. No gradient reaches them."""
+    return (z[:, NUMBERS].detach().float() / STEP).round().clamp(-ONE, ONE).long() + ONE
+
+
+def plane_distances(vectors: Tensor, slope: float) -> Tensor:
+    """Vectors [L,5,3] → [L,5,512], how far their planes are from the children, in tau."""
+    size = vectors.norm(dim=2, keepdim=True)
+    x = (lattice(CELL, vectors.device).to(vectors) / HALF - 1).T
+    return slope * HALF * (vectors / size @ x + REACH * size.log())
 
 
 def piece_values(z: Tensor, resolution: int) -> Tensor:
     """Latents [L,16] → values [L,512] float32 of their pieces, not clamped. No gradient reaches the kind."""
     with torch.autocast(z.device.type, enabled=False):
-        numbers = z[:, :NUMBERS].float() / GAIN
-        kind = (z[:, NUMBERS].detach().float() / STEP).round().clamp(-ONE, ONE).long() + ONE
+        numbers, kind, slope = z[:, :NUMBERS].float() / GAIN, kind_of(z), slope_of(resolution)
         f = fields(polynomials(numbers, kind))
-        d = f[:, 0] / sizes(f, slope_of(resolution))
-        return d.gather(0, piece_at(d.detach(), kind)[None])[0]
+        d = f[:, 0] / sizes(f, slope)
+        values = d.gather(0, piece_at(d.detach(), kind)[None])[0]
+        form = (kind - ONE)[:, None]
+        planes = form.abs() == FORMS.index("planes")
+        distances = plane_distances(torch.where(planes, numbers, 1.0).unflatten(1, (PLANES, 3)), slope)
+        return torch.where(planes, torch.where(form > 0, distances.amax(1), distances.amin(1)), values)

@@ -42,6 +42,15 @@ def test_every_configuration_is_whole(name: str) -> None:
         assert config["resolutions"] and set(config["held_out"]) >= {"sword", "featuretype", "bracket_73416", "spot", "stanford-bunny"}
 
 
+def test_help_lists_the_chosen_groups_too(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert end.value.code == 0
+    for setting in ("schedule_minutes:", "# vae=full", "ext_target:", "# train=cpu-tiny", "max_tokens:", "# data=shapes", "weights:"):
+        assert setting in told
+
+
 def test_compact_weights_stay_below_8_mb() -> None:
     with torch.device("meta"):
         model = SparseVAE(VAEConfig(**configuration("vae=compact")["vae"]))
@@ -134,8 +143,10 @@ def test_shapes_and_prepared_volumes_mix(tmp_path, capsys) -> None:
     assert limited.stream.data_hash() != data.stream.data_hash() == replace(data.stream, seed=5).data_hash()
     with pytest.raises(ValueError, match="prepared= must be given"):
         load_data(config, {})
+    with pytest.raises(ValueError, match=r"resolutions=\[48\] were not prepared, and .* has no margin .* or draw resolutions=\[64\]"):
+        load_data({**config, "resolutions": [48, 64]}, {"prepared": str(tmp_path / "data")})
     paths = [f"prepared={tmp_path / 'data'}", f"fits={tmp_path / 'fits'}"]
     run = [f"out={tmp_path / 'run'}", *paths, *TINY, "data=prepared", "trainer.steps=2", "tokens=500", "patch_latents=8"]
-    assert main(run) == 0 and len(list((tmp_path / "fits").iterdir())) == 3 and len(curve(tmp_path / "run")) > 1
+    assert main(run) == 0 and len(list((tmp_path / "fits" / "planes").iterdir())) == 3 and len(curve(tmp_path / "run")) > 1
     assert main([*run, "vae.head=clamp"]) == 2 and main([*run, "data=shapes"]) == 2
     assert capsys.readouterr().err.count("fits= is of prepared volumes and of head") == 2

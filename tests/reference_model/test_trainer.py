@@ -82,6 +82,9 @@ def test_rates() -> None:
     assert [cosine.rate(step, 0) for step in (0, 50, 100)] == pytest.approx([0.2, 1.0, 0.0])
     timed = TrainSettings(steps=100, lr=2.0, schedule_minutes=2.0)
     assert [timed.rate(3, seconds) for seconds in (0, 60, 120, 500)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    assert not timed.is_over(119, 119) and timed.is_over(120, 0) and not cosine.is_over(1e9, 1e9)
+    call = TrainSettings(steps=100, minutes=1.0, schedule_minutes=2.0)
+    assert call.is_over(60, 60) and not call.is_over(100, 40)
     constant = TrainSettings(steps=100, lr=2.0, warmup=4, schedule="constant")
     assert [constant.rate(step, 0) for step in (0, 1, 50, 99)] == pytest.approx([0.5, 1.0, 2.0, 2.0])
     with pytest.raises(ValueError, match="schedule='linear'"):

@@ -13,7 +13,7 @@ from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_bases import bases_of
 from reference_model.vae_fit import Fit, fit_cells
 from reference_model.vae_loss import BETA, Targets, make_targets, reconstruction_terms
-from reference_model.vae_pieces import COEFFICIENTS, NUMBERS, ONE, as_latents, kinds_of, piece_values, slope_of
+from reference_model.vae_pieces import COEFFICIENTS, NUMBERS, ONE, PLANES, as_latents, kind_of, kinds_of, piece_values, slope_of
 
 X = (lattice(8).float() - 3.5) / 3.5  # children in the frame of the cell
 FINE = 896  # where a distance grows by the step of X from child to child
@@ -219,7 +219,7 @@ def test_the_derivatives_of_pieces():
     """What Gauss-Newton steps follow, against autograd of the values, for all kinds."""
     generator = torch.Generator().manual_seed(0)
     numbers = 0.3 * torch.randn(27, NUMBERS, generator=generator)
-    kind = torch.arange(27) % (2 * ONE + 1)
+    kind = 1 + torch.arange(27) % (2 * ONE - 1)  # but planes
 
     def values(x: torch.Tensor) -> torch.Tensor:
         return piece_values(as_latents(x, kind), 512)
@@ -232,6 +232,39 @@ def test_the_derivatives_of_pieces():
     rows = vae_fit._by_coefficients(parts).mT  # [27,512,10]
     assert ((rows[:, :, None] @ maps)[:, :, 0] - wanted.transpose(0, 1)).abs().max() < 1e-3 * wanted.abs().max()
     assert set(piece[kind > ONE + 2].unique().tolist()) == {0, 1, 2}
+
+
+def test_the_derivatives_of_planes():
+    """As those of pieces, by the vector of the plane that a child sees."""
+    generator = torch.Generator().manual_seed(0)
+    numbers, larger = torch.randn(20, NUMBERS, generator=generator), torch.arange(20) % 2 == 0
+
+    def values(x: torch.Tensor) -> torch.Tensor:
+        return piece_values(as_latents(x, torch.where(larger, 2 * ONE, 0)), 512)
+
+    y, own, rows = vae_fit._linearised_planes(numbers.unflatten(1, (PLANES, 3)).double(), larger, slope_of(512))
+    assert torch.allclose(y.float(), values(numbers), atol=1e-5)
+    assert (own.sum(1) == 1).all() and own.any(2).sum() > 50
+    wanted = torch.autograd.functional.jacobian(lambda x: values(x).sum(0), numbers, vectorize=True)  # [512,20,15]
+    found = (own.mT[..., None] * rows[:, :, None]).flatten(2)  # [20,512,15]
+    assert (found - wanted.transpose(0, 1)).abs().max() < 1e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_tips_of_five_planes_come_back(sign):
+    """Pyramids with a base in the cell, and hollows of the same form: nearer than with three pieces, almost all by planes."""
+    generator = torch.Generator().manual_seed(1)
+    normals = torch.nn.functional.normalize(torch.randn(5, 600, 3, generator=generator), dim=2)
+    planes = normals @ X.T - 0.5
+    values = sign * planes.amax(0)
+    seen = ((planes == planes.amax(0)) & (values.abs() < 0.25)).sum(2)
+    values = values[(seen.amin(0) > 10) & ((values.abs() < 1).sum(1) > 150)][:60]
+    assert len(values) == 60
+    found, without = (fit_cells(targets_of(values), FINE, planes) for planes in (True, False))
+    assert (kind_of(without) - ONE).abs().max() < ONE
+    errors, before = near_error(found, values), near_error(without, values)
+    assert ((kind_of(found) - ONE) == ONE * sign).float().mean() > 0.8
+    assert errors.median() < 1e-3 and errors.mean() < 0.25 * before.mean()
 
 
 def test_a_sphere_is_nearer_as_distances():

@@ -33,6 +33,6 @@ def test_reconstruction():
     with torch.no_grad():
         decoded = model.decode(model.encode(batch).mean, batch.latents, batch.resolution)
     ours = reconstruction_terms(decoded, targets)
-    alone = reconstruction_terms(piece_values(fit_cells(targets, batch.resolution), batch.resolution), targets)
+    alone = reconstruction_terms(piece_values(fit_cells(targets, batch.resolution, model.config.planes), batch.resolution), targets)
     for name in ("in", "ext", "sharp"):
         assert ours[name] < 0.92 * alone[name]

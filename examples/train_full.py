@@ -1,8 +1,8 @@
-"""The full-size VAE in one go, from meshes to scores: `python -m examples.train_full --meshes DIR --out DIR [key=value …]`.
+"""A VAE in one go, from meshes to scores: `python -m examples.train_full --meshes DIR --out DIR [key=value …]`.
 
 Volumes come from a list that mixes the meshes, shapes made by code and turned, stretched, thin and rough copies of both; meshes that
-configs/train_vae.yaml holds out are scored at each resolution and not trained on. What else is given goes to `train_vae`. With several
-GPUs torchrun trains on all of them. Writes OUT/run and OUT/scores_RESOLUTION; a stage that is complete is not done again.
+configs/train_vae.yaml holds out are scored at each resolution and not trained on. What else is given goes to `train_vae`, as vae=compact.
+With several GPUs torchrun trains on all of them. Writes OUT/run and OUT/scores_RESOLUTION; a stage that is complete is not done again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from examples.ablate_vae import command
+from examples.ablate_vae import command, one_thread
 from reference_model.cli import parse
 from reference_model.shapes import FAMILIES
 from reference_model.sources import find_sources
@@ -84,16 +84,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--meshes", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=16.5, help="of training")
+    parser.add_argument("--minutes", type=float, default=8.5, help="of training")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--chances", type=int, nargs="+", default=[4, 1], help="of each resolution to be drawn for a step")
-    parser.add_argument("--volumes", type=int, nargs="+", default=[110, 18], help="at each resolution, the held-out ones among them")
+    parser.add_argument("--volumes", type=int, nargs="+", default=[220, 18], help="at each resolution, the held-out ones among them")
     parser.add_argument("--shapes", type=int, default=9, help="of each family")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     options, settings = parser.parse_known_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below: they are as many as there are cores
     parse("train_vae", ("init",), [*RECIPE, *settings])  # a mistake is told before the volumes are made
     held = list(parse("train_vae", (), [])[0].held_out)
     plan = list(zip(options.resolutions, options.volumes, range(len(options.volumes)), strict=True))
@@ -111,10 +110,11 @@ def main() -> None:
         run_all(pool, jobs)
 
     def train() -> None:
-        minutes = [f"trainer.minutes={options.minutes}", f"trainer.schedule_minutes={options.minutes}"]
+        minutes = f"trainer.schedule_minutes={options.minutes}"
         paths = [f"prepared={out / 'prepared'}", f"fits={out / 'fits'}", f"out={out / 'run'}"]
-        drawing = [f"resolutions={drawn}".replace(" ", ""), f"workers={max(1, options.workers // 2)}"]
-        subprocess.run(launch(*RECIPE, *minutes, *paths, *drawing, *settings), check=True)
+        loaders = max(1, options.workers // 2 // max(1, torch.cuda.device_count()))
+        drawing = [f"resolutions={drawn}".replace(" ", ""), f"workers={loaders}"]
+        subprocess.run(launch(*RECIPE, minutes, *paths, *drawing, *settings), env=one_thread(), check=True)
 
     def score() -> None:
         share = max(1, options.workers // len(options.resolutions))

@@ -134,8 +134,8 @@ def kind_of(z: Tensor) -> Tensor:
 
 
 def plane_distances(vectors: Tensor, slope: float) -> Tensor:
-    """Vectors [L,5,3] → [L,5,512], how far their planes are from the children, in tau."""
-    size = vectors.norm(dim=2, keepdim=True)
+    """Vectors [L,5,3] → [L,5,512], how far their planes are from the children, in tau; finite for a vector of no length too."""
+    size = vectors.norm(dim=2, keepdim=True).clamp(min=TIE)
     x = (lattice(CELL, vectors.device).to(vectors) / HALF - 1).T
     return slope * HALF * (vectors / size @ x + REACH * size.log())
 

@@ -148,6 +148,8 @@ def test_nothing_at_all():
     none = targets_of(torch.zeros(0, 512))
     assert fit_cells(none, 256).shape == (0, COEFFICIENTS)
     assert piece_values(torch.zeros(0, COEFFICIENTS), 256).shape == (0, 512)
+    for kind in range(2 * ONE + 1):
+        assert piece_values(as_latents(torch.zeros(1, NUMBERS), torch.tensor([kind])), 256).isfinite().all()
 
 
 def test_bases_are_orthonormal():

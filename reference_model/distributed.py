@@ -61,11 +61,11 @@ class Ranks:
             dist.all_gather_object(found, list(values), group=self._control)
         return sorted({name for names in found for name in names})
 
-    def bar(self, total: int, initial: int) -> Any:
-        """A progress bar, on the first rank."""
+    def bar(self, total: int, initial: int = 0, unit: str = "step") -> Any:
+        """A progress bar, on the first rank; none where nothing is to be done."""
         from reference_model.cli import optional_import
 
-        return optional_import("tqdm").tqdm(total=total, initial=initial, unit="step", disable=self.rank > 0)
+        return optional_import("tqdm").tqdm(total=total, initial=initial, unit=unit, disable=self.rank > 0 or not total)
 
     def close(self) -> None:
         if self.size > 1:

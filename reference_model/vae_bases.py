@@ -18,7 +18,7 @@ SMOOTH, BEND = 10, 5  # coefficients of a and of b
 
 class Bases(NamedTuple):
     a: Tensor  # [4,512,10] float64: values at the children, then how they grow from child to child along each axis
-    b: Tensor  # [4,512,5]
+    b: Tensor  # [512,5] float64, values
     aa: Tensor  # [512,100], products of the columns of a[0]
     narrow: Tensor  # a in float32
 
@@ -39,5 +39,5 @@ def bases_of(device: torch.device) -> Bases:
     square = square / (monomials(x) @ square).square().mean().sqrt()
     b = torch.cat((torch.eye(SMOOTH, 1).double(), a[:, 1:4], square[:, None]), 1)
     fields = torch.stack([monomials(x), *((monomials(x + step) - monomials(x - step)) / 2 for step in steps)])
-    a, b = (fields @ a).to(device), (fields @ b).to(device)
+    a, b = (fields @ a).to(device), (fields[0] @ b).to(device)
     return Bases(a, b, (a[0, :, :, None] * a[0, :, None]).flatten(1), a.float())

@@ -67,11 +67,11 @@ class Decoder(nn.Module):
         base = None if self.patch is None else piece_values(z, grid * CELL).index_select(1, children_of_slots(x.device)).flatten()
         for i, (edge, block) in enumerate(zip(EDGES, self.up, strict=True)):
             finer = Level.of(latents, neighbors, edge, None if kept is None else kept.repeat_interleave(8, 1))
-            if base is not None and edge == EDGES[-1]:
+            extra = None
+            if self.patch is not None and base is not None and edge == EDGES[-1]:  # the last block sees the values of the pieces
                 base = base if finer.places is None else base[finer.places]
-                x = self._run(self._with_patch, block, x, level, finer, base)
-            else:
-                x = self._run(block, x, level, finer)
+                extra = partial(self.patch, t=base.clamp(-2, 2))
+            x = self._run(block, x, level, finer, extra)
             if self.occupancy is not None and edge < EDGES[-1]:
                 logit = self.occupancy[i](x).float()[:, 0]
                 if prune is None:
@@ -91,11 +91,6 @@ class Decoder(nn.Module):
         if level.places is not None:
             values = torch.full((len(latents) * 512,), torch.nan, device=x.device).index_put((level.places,), values)
         return values.view(len(latents), 512).index_select(1, slots_of_children(x.device)), logits
-
-    def _with_patch(self, block: nn.Module, x: Tensor, level: Level, finer: Level, base: Tensor) -> Tensor:
-        """The last block, which sees the values of the pieces [8n]."""
-        assert self.patch is not None
-        return block(x, level, finer, partial(self.patch, t=base.clamp(-2, 2)))
 
     def _run(self, function, *args):
         if self.checkpointing and torch.is_grad_enabled():

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reference_model.cli import optional_import
 from reference_model.dataset import PreparedVolume
 from reference_model.distributed import Ranks
 from reference_model.packed import PackedBatch, read_packed
@@ -27,19 +26,22 @@ def fits_folder(fits: str | Path, planes: bool) -> Path:
 def keep_fits(volumes: Sequence[PreparedVolume], folder: Path, device: torch.device, ranks: Ranks, planes: bool = True) -> None:
     """Write what is missing in folder; each rank a share. Returns when all ranks are done. planes: as `fit_cells`.
 
-    Volumes with a margin, which are only resampled, get none. What lies there is taken as it is, whatever version of `vae_fit` made it.
+    Volumes with a margin get none: of them comes what is resampled or cut. What lies there is taken as it is, whatever version of
+    `vae_fit` made it.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     missing = [v for v in volumes if not _path(folder, v).exists()][ranks.rank :: ranks.size]
-    for volume in optional_import("tqdm").tqdm(missing, unit="fit", disable=ranks.rank > 0 or not missing):
-        packed = read_packed(volume.path)
-        if not packed.margin:
-            fit = fit_cells(make_targets(PackedBatch.of([packed]).unpack(device)), volume.resolution, planes)
-            part = folder / f".{_path(folder, volume).name}.{os.getpid()}.part"
-            save_file({"fit": fit.cpu()}, part)
-            os.replace(part, _path(folder, volume))
+    with ranks.bar(len(missing), unit="fit") as bar:
+        for volume in missing:
+            packed = read_packed(volume.path)
+            if not packed.margin:
+                fit = fit_cells(make_targets(PackedBatch.of([packed]).unpack(device)), volume.resolution, planes)
+                part = folder / f".{_path(folder, volume).name}.{os.getpid()}.part"
+                save_file({"fit": fit.cpu()}, part)
+                os.replace(part, _path(folder, volume))
+            bar.update()
     ranks.sum([0.0])
 
 

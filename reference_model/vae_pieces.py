@@ -57,7 +57,7 @@ def kinds_of(device: torch.device, dtype: torch.dtype) -> Kinds:
     """The table of kinds, made once for each device and dtype."""
     bases = bases_of(torch.device("cpu"))
     a = torch.eye(SMOOTH, NUMBERS).double()
-    b_in_a = bases.a[0].T @ bases.b[0] / CELL**3  # [10,5]
+    b_in_a = bases.a[0].T @ bases.b / CELL**3  # [10,5]
 
     def b(first: int) -> Tensor:
         return torch.cat((torch.zeros(SMOOTH, first), b_in_a, torch.zeros(SMOOTH, NUMBERS - BEND - first)), 1)
@@ -115,7 +115,7 @@ def turning(came_from: Tensor) -> Tensor:
     """[S,3,15,15] float64, what motions of a cell do to the numbers of its latent: of simpler forms, of "three" and "mixed", of "planes";
     came_from [S,512]: which child lies at each child's place afterwards."""
     bases = bases_of(came_from.device)
-    a, b = (basis[0].T @ basis[0, came_from] / CELL**3 for basis in (bases.a, bases.b))
+    a, b = (basis.T @ basis[came_from] / CELL**3 for basis in (bases.a[0], bases.b))
     vectors = b[:, 1:4, 1:4].flip(1, 2)  # as what is linear, whose terms are in z, y and x
     families = ((a, b), 3 * (b,), PLANES * (vectors,))
     return torch.stack([torch.stack([torch.block_diag(*x) for x in zip(*blocks, strict=True)]) for blocks in families], 1)

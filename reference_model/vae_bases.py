@@ -14,9 +14,11 @@ from reference_model.tiles import lattice
 from reference_model.volume import CELL
 
 SMOOTH, BEND = 10, 5  # coefficients of a and of b
+HALF = (CELL - 1) / 2  # half an edge of the lattice of children
 
 
 class Bases(NamedTuple):
+    x: Tensor  # [512,3] float64, where children lie in the frame of the cell, [-1, 1]
     a: Tensor  # [4,512,10] float64: values at the children, then how they grow from child to child along each axis
     b: Tensor  # [512,5] float64, values
     aa: Tensor  # [512,100], products of the columns of a[0]
@@ -27,8 +29,8 @@ class Bases(NamedTuple):
 @torch.inference_mode(False)
 def bases_of(device: torch.device) -> Bases:
     powers = torch.tensor(sorted((p for p in product(range(3), repeat=3) if sum(p) < 3), key=sum))
-    x = (lattice(CELL).double() - (CELL - 1) / 2) / ((CELL - 1) / 2)
-    steps = 2 / (CELL - 1) * torch.eye(3).double()
+    x = (lattice(CELL).double() - HALF) / HALF
+    steps = torch.eye(3).double() / HALF
 
     def monomials(x: Tensor) -> Tensor:
         return x[:, None].pow(powers).prod(2)
@@ -40,4 +42,4 @@ def bases_of(device: torch.device) -> Bases:
     b = torch.cat((torch.eye(SMOOTH, 1).double(), a[:, 1:4], square[:, None]), 1)
     fields = torch.stack([monomials(x), *((monomials(x + step) - monomials(x - step)) / 2 for step in steps)])
     a, b = (fields @ a).to(device), (fields[0] @ b).to(device)
-    return Bases(a, b, (a[0, :, :, None] * a[0, :, None]).flatten(1), a.float())
+    return Bases(x.to(device), a, b, (a[0, :, :, None] * a[0, :, None]).flatten(1), a.float())

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference_model.tiles import lattice
-from reference_model.vae_bases import SMOOTH, bases_of
-from reference_model.vae_groups import plane_groups, second_piece
-from reference_model.vae_loss import BETA, Targets
+from reference_model.vae_bases import HALF, SMOOTH, bases_of
+from reference_model.vae_descent import RIDGE, State, Wanted, descend, solve_ridge, where
+from reference_model.vae_groups import plane_groups, planes_seen, second_piece
+from reference_model.vae_loss import Targets
 from reference_model.vae_pieces import (
     FLAT,
-    HALF,
     NUMBERS,
     ONE,
     PLANES,
@@ -34,7 +33,6 @@ from reference_model.vae_pieces import (
     sizes,
     slope_of,
 )
-from reference_model.volume import CELL
 
 _ROWS = {"cpu": 1 << 8, "cuda": 1 << 13}  # latents at once: what fits a processor's cache, what fills a GPU
 _HARD = {"cpu": 1 << 6, "cuda": 1 << 12}  # the same where several pieces are fitted
@@ -46,44 +44,6 @@ _FORMS = 2  # of three groups that are tried further
 _REFINED = ((4, 3), (2, 4), (1, 10))  # of several: how many beginnings go on, for how many steps
 _PLANE_STEPS = 10
 _FURTHEST = 2.0  # of the logarithm of a vector's length
-_DAMPING, _RISE, _FALL = 1e-4, 8.0, 0.2  # of a step, and what it is multiplied by after one that fails or succeeds
-_RIDGE = 1e-5  # of squares of numbers: cells with few voxels leave most of them open, and more would round edges off
-# of a child outside of the band beside the heaviest one within: in what is compared; and in a round, where it is too near to the surface
-_OUTSIDE, _OUTER = 0.03, 5e-3
-
-
-class Wanted(NamedTuple):
-    """What cells should say, all [L,512]."""
-
-    values: Tensor
-    share: Tensor  # weights of band voxels, their sum 1
-    outside: Tensor  # of the other children: the largest share
-
-    @staticmethod
-    def of(targets: Targets, near: float) -> "Wanted":
-        """near: the |t| of band voxels that count half as much as those at the surface."""
-        share = targets.band / (1 + (targets.values / near).square())
-        share = share / share.sum(1, keepdim=True).clamp(min=1e-9)
-        return Wanted(targets.values, share, ~targets.band * share.amax(1, keepdim=True))
-
-    def rows(self, index: Tensor) -> "Wanted":
-        return Wanted(*(x[index] for x in self))
-
-    def repeat(self, times: int) -> "Wanted":
-        return Wanted(*(x.repeat(times, 1) for x in self))
-
-    def double(self) -> "Wanted":
-        return Wanted(*(x.double() for x in self))
-
-    def loss(self, y: Tensor) -> Tensor:
-        """[L], what is to be least."""
-        y = torch.where(self.share > 0, y, y.clamp(-1, 1))
-        errors = F.smooth_l1_loss(y, self.values, reduction="none", beta=BETA)
-        return ((self.share + _OUTSIDE * self.outside) * errors).sum(1)
-
-    def weights(self, y: Tensor) -> Tensor:
-        """[L,512] of squares that stand for the loss near y: less for what is far off; others where they are too near to the surface."""
-        return self.share * BETA / (y - self.values).abs().clamp(min=BETA) + _OUTER * self.outside * (y * self.values < 1)
 
 
 class Fit(NamedTuple):
@@ -96,7 +56,7 @@ class Fit(NamedTuple):
 
     def where(self, better: Tensor, other: "Fit") -> "Fit":
         """Of the other where it is better [L]."""
-        return Fit(*(torch.where(better.view(-1, *(1,) * (x.ndim - 1)), y, x) for x, y in zip(self, other, strict=True)))
+        return Fit(*(where(better, y, x) for x, y in zip(self, other, strict=True)))
 
 
 @torch.no_grad()
@@ -132,7 +92,7 @@ def _several(targets: Targets, wanted: Wanted, slope: float) -> Fit:
     count = len(targets.values)
     second = second_piece(targets, wanted.share.float()).long()
     begun = [(torch.full_like(second[:, 0], kind), second) for kind in (ONE - 2, ONE - 1, ONE + 1, ONE + 2)]
-    begun += [_three(wanted, plane_groups(targets, share.float(), slope, 3)[0]) for share in _shares(targets, wanted)]
+    begun += [_three(wanted, group) for group, _ in _groups(targets, wanted, slope, 3)]
     kind, piece = (torch.cat(x) for x in zip(*begun, strict=True))
     found = _least_squares(kind, piece, wanted.repeat(len(kind) // count))
     for left, steps in _REFINED:
@@ -142,16 +102,18 @@ def _several(targets: Targets, wanted: Wanted, slope: float) -> Fit:
 
 def _planes(targets: Targets, wanted: Wanted, slope: float) -> Fit:
     """Of five planes, the larger or the smaller."""
-    groups = [plane_groups(targets, share.float(), slope, PLANES)[1] for share in _shares(targets, wanted)]
+    groups = [planes for _, planes in _groups(targets, wanted, slope, PLANES)]
     vectors = _vectors(torch.cat(2 * groups), slope)
     larger = torch.arange(len(vectors), device=vectors.device) < len(vectors) // 2
     found = _refine_planes(vectors, larger, wanted.repeat(2 * len(groups)), slope)
     return found.rows(_places_of_best(found.least, len(targets.values), 1))
 
 
-def _shares(targets: Targets, wanted: Wanted) -> tuple[Tensor, Tensor]:
-    """Weights of children by which groups begin: the nearer to the surface the more, and all alike."""
-    return wanted.share, targets.band / targets.band.sum(1, keepdim=True).clamp(min=1)
+def _groups(targets: Targets, wanted: Wanted, slope: float, count: int) -> list[tuple[Tensor, Tensor]]:
+    """`plane_groups` by two weights: the nearer to the surface the more, and all alike."""
+    seen, known = planes_seen(targets, slope)
+    alike = targets.band / targets.band.sum(1, keepdim=True).clamp(min=1)
+    return [plane_groups(seen, share * known, count) for share in (wanted.share, alike)]
 
 
 def _places_of_best(least: Tensor, count: int, left: int) -> Tensor:
@@ -179,13 +141,7 @@ def _solve(weights: Tensor, piece: Tensor, values: Tensor, kind: Tensor, pieces:
     """Numbers [L,15] of least squares in which each child belongs to the polynomial of its piece; the others [L,512]."""
     bases = bases_of(kind.device)
     own = _of_pieces(weights, piece, pieces)
-    return _solve_ridge(*_system((own @ bases.aa).unflatten(2, (SMOOTH, SMOOTH)), (own * values[:, None]) @ bases.a[0], kind))
-
-
-def _solve_ridge(matrix: Tensor, right: Tensor, damping: float | Tensor = 0.0) -> Tensor:
-    """x [L,n] of (matrix + ridge + damping) x = right; damping [L,1]. Of orthonormal bases: neither depends on how a cell is turned."""
-    ridge = torch.full_like(right, _RIDGE) + damping
-    return torch.linalg.solve_ex(matrix + ridge.diag_embed(), right)[0]  # solve would wait for the device to look for singular ones
+    return solve_ridge(*_system((own @ bases.aa).unflatten(2, (SMOOTH, SMOOTH)), (own * values[:, None]) @ bases.a[0], kind))
 
 
 def _of_pieces(weights: Tensor, piece: Tensor, pieces: int) -> Tensor:
@@ -200,42 +156,37 @@ def _system(grams: Tensor, right: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _refine(fit: Fit, wanted: Wanted, slope: float, steps: int, pieces: int = 3) -> Fit:
-    """Better numbers for the formula with distances. In float64: which step is taken must not depend on how sums are rounded."""
-    y, piece, parts = _linearised(fit, slope, pieces)
-    fit = fit._replace(least=wanted.loss(y))
-    damping = torch.full_like(fit.least, _DAMPING)
-    for _ in range(steps):
+    """Better numbers for the formula with distances."""
+
+    def solve(numbers: Tensor, state: State, damping: Tensor) -> Tensor:
+        y, piece, parts = state
         own, rows = _of_pieces(wanted.weights(y), piece, pieces), _by_coefficients(parts)
         grams = torch.stack([(rows * weights[:, None]) @ rows.mT for weights in own.unbind(1)], 1)
         matrix, right = _system(grams, (own * (wanted.values - y)[:, None]) @ rows.mT, fit.kind)
         mean = matrix.diagonal(dim1=1, dim2=2).mean(1)
-        new = fit._replace(numbers=fit.numbers + _solve_ridge(matrix, right - _RIDGE * fit.numbers, (damping * mean)[:, None]))
-        y_new, piece_new, parts_new = _linearised(new, slope, pieces)
-        new = new._replace(least=wanted.loss(y_new))
-        better = new.least < fit.least - TIE**2
-        damping = damping * torch.where(better, _FALL, _RISE)
-        fit, y, piece = fit.where(better, new), torch.where(better[:, None], y_new, y), torch.where(better[:, None], piece_new, piece)
-        parts = torch.where(better[:, None], parts_new, parts)
-    return fit
+        return numbers + solve_ridge(matrix, right - RIDGE * numbers, (damping * mean)[:, None])
+
+    numbers, least = descend(fit.numbers, lambda numbers: _linearised(numbers, fit.kind, slope, pieces), solve, wanted, steps)
+    return Fit(numbers, fit.kind, least)
 
 
-def _linearised(fit: Fit, slope: float, pieces: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Values [L,512], whose piece says so [L,512], and derivatives [4,L,512] by the value and the slopes of that piece's polynomial."""
-    f = fields(polynomials(fit.numbers, fit.kind, pieces))
+def _linearised(numbers: Tensor, kind: Tensor, slope: float, pieces: int = 3) -> State:
+    """Values [L,512], whose piece says so [L,512], and derivatives [L,4,512] by the value and the slopes of that piece's polynomial."""
+    f = fields(polynomials(numbers, kind, pieces))
     size = sizes(f, slope)
     d = f[:, 0] / size
-    piece = piece_at(d, fit.kind)
+    piece = piece_at(d, kind)
     y, size = (x.gather(0, piece[None])[0] for x in (d, size))
     slopes = f[:, 1:].gather(0, piece.expand(1, 3, -1, -1))[0]
-    return y, piece, torch.cat((1 / size[None], -y * slopes / (size * slope).square() * (size > FLAT)))
+    return y, piece, torch.stack((1 / size, *(-y * slopes / (size * slope).square() * (size > FLAT))), 1)
 
 
 def _by_coefficients(parts: Tensor) -> Tensor:
-    """Derivatives [4,L,512] by a polynomial's value and slopes → [L,10,512] by its coefficients."""
+    """Derivatives [L,4,512] by a polynomial's value and slopes → [L,10,512] by its coefficients."""
     basis = bases_of(parts.device).a.mT.contiguous()
-    rows = parts[0, :, None] * basis[0]
-    for part, grown in zip(parts[1:], basis[1:], strict=True):
-        rows.addcmul_(part[:, None], grown)
+    rows = parts[:, :1] * basis[0]
+    for i in (1, 2, 3):
+        rows.addcmul_(parts[:, i, None], basis[i])
     return rows
 
 
@@ -264,27 +215,21 @@ def _vectors(planes: Tensor, slope: float) -> Tensor:
 
 def _refine_planes(vectors: Tensor, larger: Tensor, wanted: Wanted, slope: float) -> Fit:
     """`_refine` of planes, the larger or the smaller [L] bool of them: a child moves one vector, so that each has equations of its own."""
-    y, own, rows = _linearised_planes(vectors, larger, slope)
-    least = wanted.loss(y)
-    damping = torch.full_like(least, _DAMPING)
-    for _ in range(_PLANE_STEPS):
+
+    def solve(vectors: Tensor, state: State, damping: Tensor) -> Tensor:
+        y, own, rows = state
         weights = own * wanted.weights(y)[:, None]
         grams = (weights @ (rows[..., None] * rows[..., None, :]).flatten(2)).unflatten(2, (3, 3))
-        right = (weights * (wanted.values - y)[:, None]) @ rows
         mean = grams.diagonal(dim1=2, dim2=3).mean((1, 2))
-        new = vectors + _solve_ridge(grams, right, (damping * mean)[:, None, None])
+        new = vectors + solve_ridge(grams, (weights * (wanted.values - y)[:, None]) @ rows, (damping * mean)[:, None, None])
         size = new.norm(dim=2, keepdim=True)
-        new = new * (size.log().clamp(-_FURTHEST, _FURTHEST).exp() / size)
-        y_new, own_new, rows_new = _linearised_planes(new, larger, slope)
-        least_new = wanted.loss(y_new)
-        better = least_new < least - TIE**2
-        damping = damping * torch.where(better, _FALL, _RISE)
-        y, least, chosen = torch.where(better[:, None], y_new, y), torch.where(better, least_new, least), better[:, None, None]
-        vectors, own, rows = torch.where(chosen, new, vectors), torch.where(chosen, own_new, own), torch.where(chosen, rows_new, rows)
+        return new * (size.log().clamp(-_FURTHEST, _FURTHEST).exp() / size)
+
+    vectors, least = descend(vectors, lambda vectors: _linearised_planes(vectors, larger, slope), solve, wanted, _PLANE_STEPS)
     return Fit(vectors.flatten(1), torch.where(larger, 2 * ONE, 0), least)
 
 
-def _linearised_planes(vectors: Tensor, larger: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+def _linearised_planes(vectors: Tensor, larger: Tensor, slope: float) -> State:
     """Values [L,512], whose plane says so [L,5,512] bool, and derivatives [L,512,3] by its vector."""
     sign = torch.where(larger, 1.0, -1.0).to(vectors)[:, None]
     d = sign[:, None] * plane_distances(vectors, slope)
@@ -293,5 +238,5 @@ def _linearised_planes(vectors: Tensor, larger: Tensor, slope: float) -> tuple[T
     own = near & (near.cumsum(1) == 1)  # the first
     of_planes = torch.cat((F.normalize(vectors, dim=2), vectors.norm(dim=2, keepdim=True)), 2)
     n, size = (own.to(vectors).mT @ of_planes).split((3, 1), 2)  # of each child
-    x = lattice(CELL, n.device).to(n) / HALF - 1
+    x = bases_of(n.device).x
     return sign * most, own, slope * HALF / size * (x + (REACH - (n * x).sum(2, keepdim=True)) * n)

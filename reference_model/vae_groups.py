@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference_model.tiles import lattice
+from reference_model.vae_bases import HALF
 from reference_model.vae_loss import Targets
 from reference_model.vae_pieces import TIE
 from reference_model.volume import CELL
@@ -37,13 +38,18 @@ def second_piece(targets: Targets, weights: Tensor) -> Tensor:
     return first == fewer[:, None]
 
 
-def plane_groups(targets: Targets, share: Tensor, slope: float, count: int) -> tuple[Tensor, Tensor]:
-    """Groups of children by the plane that each one sees, begun with the planes furthest apart: the group [L,512] of each child, and what
-    groups see, [L,count,4], the direction in which values rise and how far the plane is from the cell's middle, in tau."""
+def planes_seen(targets: Targets, slope: float) -> tuple[Tensor, Tensor]:
+    """The plane that each child sees [L,512,4], the direction in which values rise and how far the plane is from the cell's middle, in tau;
+    and which children see one [L,512] bool. slope: of a distance, in tau from child to child."""
     rise, known = slopes(targets.values, targets.band)
-    place = slope * (lattice(CELL, rise.device).float() - (CELL - 1) / 2)
-    planes = torch.cat((rise, _APART * (targets.values - (rise * place).sum(2))[..., None]), 2)
-    weights = (share * known).float()
+    place = slope * (lattice(CELL, rise.device).float() - HALF)
+    return torch.cat((rise, (targets.values - (rise * place).sum(2))[..., None]), 2), known
+
+
+def plane_groups(seen: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Groups of children with weights [L,512] by the planes [L,512,4] that they see, begun with those furthest apart: the group [L,512] of
+    each child, and the planes of the groups, [L,count,4]."""
+    planes, weights = torch.cat((seen[..., :3], _APART * seen[..., 3:]), 2), weights.float()
     heavy = weights > _GROUPED * weights.amax(1, keepdim=True)
 
     def at(child: Tensor) -> Tensor:
@@ -64,7 +70,7 @@ def plane_groups(targets: Targets, share: Tensor, slope: float, count: int) -> t
 
 
 def _apart(planes: Tensor, centres: Tensor) -> Tensor:
-    """[L,count,512]"""
+    """Squares of how far each of [L,512,4] is from each of [L,count,4]: [L,count,512]."""
     return (planes[:, None] - centres[:, :, None]).square().sum(3)
 
 

@@ -25,8 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference_model.tiles import lattice
-from reference_model.vae_bases import BEND, SMOOTH, bases_of
+from reference_model.vae_bases import BEND, HALF, SMOOTH, bases_of
 from reference_model.volume import CELL, TAU
 
 COEFFICIENTS = 16
@@ -39,8 +38,7 @@ FLAT = 0.3  # of the slope of a distance: what is flatter is none, as the middle
 FORMS = ("one", "two", "wall", "three", "mixed", "planes")  # kind ONE ± i is form i: + the larger of the outer two, - the smaller
 ONE = len(FORMS) - 1
 PLANES = 5  # of the last form
-REACH = 2.0  # how far a plane is whose vector is e long, in half edges of a cell
-HALF = (CELL - 1) / 2  # such a half edge, from child to child
+REACH = 2.0  # how far a plane is whose vector is e long, in the frame of the cell
 
 
 class Kinds(NamedTuple):
@@ -136,8 +134,7 @@ def kind_of(z: Tensor) -> Tensor:
 def plane_distances(vectors: Tensor, slope: float) -> Tensor:
     """Vectors [L,5,3] → [L,5,512], how far their planes are from the children, in tau; finite for a vector of no length too."""
     size = vectors.norm(dim=2, keepdim=True).clamp(min=TIE)
-    x = (lattice(CELL, vectors.device).to(vectors) / HALF - 1).T
-    return slope * HALF * (vectors / size @ x + REACH * size.log())
+    return slope * HALF * (vectors / size @ bases_of(vectors.device).x.to(vectors).T + REACH * size.log())
 
 
 def piece_values(z: Tensor, resolution: int) -> Tensor:

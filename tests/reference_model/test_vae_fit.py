@@ -11,7 +11,7 @@ from reference_model.symmetry import apply_symmetry
 from reference_model.tiles import lattice
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_bases import bases_of
-from reference_model.vae_fit import Fit, fit_cells
+from reference_model.vae_fit import fit_cells
 from reference_model.vae_loss import BETA, Targets, make_targets, reconstruction_terms
 from reference_model.vae_pieces import COEFFICIENTS, NUMBERS, ONE, PLANES, as_latents, kind_of, kinds_of, piece_values, slope_of
 
@@ -226,8 +226,7 @@ def test_the_derivatives_of_pieces():
     def values(x: torch.Tensor) -> torch.Tensor:
         return piece_values(as_latents(x, kind), 512)
 
-    fit = Fit(numbers.double(), kind, torch.zeros(27).double())
-    y, piece, parts = vae_fit._linearised(fit, slope_of(512))
+    y, piece, parts = vae_fit._linearised(numbers.double(), kind, slope_of(512))
     assert torch.allclose(y.float(), values(numbers), atol=1e-5)
     maps = kinds_of(y.device, y.dtype).maps[kind[:, None], piece]  # [27,512,10,15]
     wanted = torch.autograd.functional.jacobian(lambda x: values(x).sum(0), numbers, vectorize=True)  # [512,27,15]

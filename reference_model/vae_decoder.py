@@ -18,7 +18,7 @@ from reference_model.vae_blocks import ReleasedUpBlock, SubpixelUpBlock, UpBlock
 from reference_model.vae_encoder import GAIN, attend, attention_blocks
 from reference_model.vae_grid import Level, children_of_slots, find_latent_neighbors, slots_of_children
 from reference_model.vae_layers import Narrow, Widen, unit_linear
-from reference_model.vae_pieces import UNIT, piece_values
+from reference_model.vae_pieces import closed, correction, piece_values
 from reference_model.volume import CELL
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
 
     def attend(self, z: Tensor, latents: Tensor, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float) -> Tensor:
         """z [L,16] at latents [L,4] → [L,hidden]; never cut, because windows do not nest in chunks."""
-        x = self.linear(z)
+        x = self.linear(z if self.patch is None else closed(z))
         return attend(self.blocks, x + position_code(latents[:, 1:], x.shape[1], factor), partitions, self._run)
 
     def upsample(
@@ -64,7 +64,8 @@ class Decoder(nn.Module):
         level = Level.of(latents, neighbors, 1)
         kept: Tensor | None = None  # [L,edge^3] bool of the level, None: all
         logits: dict[int, Tensor] = {}
-        base = None if self.patch is None else piece_values(z, grid * CELL).index_select(1, children_of_slots(x.device)).flatten()
+        pieces = None if self.patch is None else piece_values(z, grid * CELL)
+        base = None if pieces is None else pieces.index_select(1, children_of_slots(x.device)).flatten()
         for i, (edge, block) in enumerate(zip(EDGES, self.up, strict=True)):
             finer = Level.of(latents, neighbors, edge, None if kept is None else kept.repeat_interleave(8, 1))
             extra = None
@@ -84,13 +85,12 @@ class Decoder(nn.Module):
                     x, finer = x[chosen], Level.of(latents, neighbors, edge, kept)
             level = finer
         values = self.head(x)
-        if base is not None:
-            values = base + UNIT * values
         if self.bounded:
             values = values.tanh()
         if level.places is not None:
             values = torch.full((len(latents) * 512,), torch.nan, device=x.device).index_put((level.places,), values)
-        return values.view(len(latents), 512).index_select(1, slots_of_children(x.device)), logits
+        values = values.view(len(latents), 512).index_select(1, slots_of_children(x.device))
+        return values if pieces is None else pieces + correction(z, values), logits
 
     def _run(self, function, *args):
         if self.checkpointing and torch.is_grad_enabled():

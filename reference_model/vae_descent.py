@@ -14,6 +14,7 @@ _DAMPING, _RISE, _FALL = 1e-4, 8.0, 0.2  # of a step, and what it is multiplied 
 RIDGE = 1e-5  # of squares of numbers: cells with few voxels leave most of them open, and more would round edges off
 # of a child outside of the band beside the heaviest one within: in what is compared; and in a round, where it is too near to the surface
 _OUTSIDE, _OUTER = 0.03, 5e-3
+_WRONG = 0.03  # added to the error of a child on the wrong side: a thin wall has few children, and a hole needs but one
 
 State = tuple[Tensor, ...]  # values [L,512] and what else a step needs, row by row
 
@@ -44,7 +45,7 @@ class Wanted(NamedTuple):
     def loss(self, y: Tensor) -> Tensor:
         """[L], what is to be least."""
         y = torch.where(self.share > 0, y, y.clamp(-1, 1))
-        errors = F.smooth_l1_loss(y, self.values, reduction="none", beta=BETA)
+        errors = F.smooth_l1_loss(y, self.values, reduction="none", beta=BETA) + _WRONG * ((y < 0) != (self.values < 0))
         return ((self.share + _OUTSIDE * self.outside) * errors).sum(1)
 
     def weights(self, y: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from reference_model.vae_blocks import AttentionBlock, Children, Lift, down_bloc
 from reference_model.vae_grid import Level, find_latent_neighbors, slots_of_children
 from reference_model.vae_layers import unit_linear
 from reference_model.vae_loss import STEEPNESS
-from reference_model.vae_pieces import UNIT
+from reference_model.vae_pieces import closed, correction
 from reference_model.volume import CELL, child_index
 
 if TYPE_CHECKING:
@@ -115,12 +115,12 @@ class Encoder(nn.Module):
             x = run(block, x, plan.cu_seqlens[i], plan.children[i], plan.levels[i + 1], plan.cu_seqlens[i + 1])
         x = self.linear(x)
         x = x + position_code(plan.levels[-1].latents[:, 1:], x.shape[1], factor)
-        if self.patch is not None:
-            x = x + self.patch(patch)
+        if self.patch is not None and patch is not None:
+            x = x + self.patch(closed(patch))
         x = attend(self.blocks, x, partitions, run)
         mean, logvar = self.moments(F.layer_norm(x, x.shape[1:])).float().chunk(2, 1)
         if patch is not None:  # no gradient would hold the kind of a cell, the last number, where it is
-            mean, logvar = patch + UNIT * F.pad(mean[:, :-1], (0, 1)), F.pad(logvar[:, :-1], (0, 1), value=_KIND_LOGVAR)
+            mean, logvar = patch + correction(patch, F.pad(mean[:, :-1], (0, 1))), F.pad(logvar[:, :-1], (0, 1), value=_KIND_LOGVAR)
         return mean, logvar.clamp(-30, 20)
 
     @staticmethod

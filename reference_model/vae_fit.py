@@ -4,9 +4,10 @@ One piece first. Where that is not enough, eight more beginnings: voxels in two 
 sides of a wall or a slit, and twice in three groups, near the surface or all alike, in the two best forms; each by least squares in turn
 with the choice of the piece that a voxel belongs to and with smaller weights for what stays far off (iteratively reweighted). They go on
 as distances (Levenberg-Marquardt), fewer and fewer of them. Where that is not enough either, five planes, begun as what voxels in five
-groups see, go on likewise.
+groups see, go on likewise, together or in pairs of corners.
 """
 
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from reference_model.vae_groups import plane_groups, planes_seen, second_piece
 from reference_model.vae_loss import Targets
 from reference_model.vae_pieces import (
     FLAT,
+    FORMS,
     NUMBERS,
     ONE,
     PLANES,
@@ -27,6 +29,8 @@ from reference_model.vae_pieces import (
     as_latents,
     fields,
     kinds_of,
+    meet,
+    opened,
     piece_at,
     plane_distances,
     polynomials,
@@ -38,11 +42,13 @@ _ROWS = {"cpu": 1 << 8, "cuda": 1 << 13}  # latents at once: what fits a process
 _HARD = {"cpu": 1 << 6, "cuda": 1 << 12}  # the same where several pieces are fitted
 _NEAR = 0.35  # voxels from the surface where a voxel counts half
 _PRICE = 3e-4  # mean error by which several pieces must be better than one
+_OPEN = 1e-3  # mean error from which on a cell is open
 _ROUNDS = 6  # of least squares
 _STEPS = 8  # of one piece
 _FORMS = 2  # of three groups that are tried further
 _REFINED = ((4, 3), (2, 4), (1, 10))  # of several: how many beginnings go on, for how many steps
-_PLANE_STEPS = 10
+_CORNERS = 3  # ways to pair planes that are tried further
+_PLANES_REFINED = ((3, 3), (4, 1), (8, 1))  # of planes: for how many steps, and how many then go on
 _FURTHEST = 2.0  # of the logarithm of a vector's length
 
 
@@ -63,7 +69,7 @@ class Fit(NamedTuple):
 def fit_cells(targets: Targets, resolution: int, planes: bool = True) -> Tensor:
     """Latents [L,16] float32 near to the band voxels, the more the nearer these are to the surface, that keep the side of other children.
 
-    planes: also of the form "planes".
+    planes: also of the forms "planes" and "corners".
     A cell that fewer pieces fit to within `_PRICE` is not tried with more: these could not be better by that.
     """
     device = targets.values.device.type
@@ -84,7 +90,7 @@ def _fit(targets: Targets, resolution: int, planes: bool) -> Tensor:
             found = find(targets.rows(part), wanted.rows(part), slope)
             better = best.rows(part).where(found.least < best.least[part] - _PRICE, found)
             best = Fit(*(x.index_copy(0, part, y) for x, y in zip(best, better, strict=True)))
-    return as_latents(best.numbers.float(), best.kind)
+    return opened(as_latents(best.numbers.float(), best.kind), best.least > _OPEN)
 
 
 def _several(targets: Targets, wanted: Wanted, slope: float) -> Fit:
@@ -101,12 +107,30 @@ def _several(targets: Targets, wanted: Wanted, slope: float) -> Fit:
 
 
 def _planes(targets: Targets, wanted: Wanted, slope: float) -> Fit:
-    """Of five planes, the larger or the smaller."""
-    groups = [planes for _, planes in _groups(targets, wanted, slope, PLANES)]
-    vectors = _vectors(torch.cat(2 * groups), slope)
-    larger = torch.arange(len(vectors), device=vectors.device) < len(vectors) // 2
-    found = _refine_planes(vectors, larger, wanted.repeat(2 * len(groups)), slope)
-    return found.rows(_places_of_best(found.least, len(targets.values), 1))
+    """Of five planes."""
+    count = len(targets.values)
+    seen = [_vectors(planes, slope) for _, planes in _groups(targets, wanted, slope, PLANES)]
+    together = torch.full((count,), FORMS.index("planes"), device=targets.values.device)
+    begun = [(vectors, ONE + form) for vectors in seen for form in (together, -together)] + [_corners(v, wanted, slope) for v in seen]
+    vectors, kind = (torch.cat(x) for x in zip(*begun, strict=True))
+    for steps, left in _PLANES_REFINED:
+        found = _refine_planes(vectors, kind, wanted.repeat(len(kind) // count), slope, steps)
+        found = found.rows(_places_of_best(found.least, count, left))
+        vectors, kind = found.numbers.unflatten(1, (PLANES, 3)), found.kind
+    return found
+
+
+def _corners(vectors: Tensor, wanted: Wanted, slope: float) -> tuple[Tensor, Tensor]:
+    """Vectors [cL,5,3] and kinds [cL] to begin with: of all ways to make two corners of five planes [L,5,3] the c that come nearest."""
+    count, form = len(vectors), FORMS.index("corners")
+    pairs = combinations(range(PLANES), 2)
+    ways = [((*pair, *({*range(PLANES)} - {*pair})), ONE + sign * form) for pair in pairs for sign in (1, -1)]
+    order, kind = (torch.tensor(x, device=vectors.device) for x in zip(*ways, strict=True))  # [20,5], [20]
+    d = plane_distances(vectors, slope)
+    least = torch.cat([wanted.loss(meet(d[:, o], k.expand(count))) for o, k in zip(order, kind, strict=True)])
+    best = _places_of_best(least, count, _CORNERS)
+    way = best.div(count, rounding_mode="floor")
+    return vectors[best[:, None] % count, order[way]], kind[way]
 
 
 def _groups(targets: Targets, wanted: Wanted, slope: float, count: int) -> list[tuple[Tensor, Tensor]]:
@@ -213,8 +237,8 @@ def _vectors(planes: Tensor, slope: float) -> Tensor:
     return direction * (planes[..., 3:] / (slope * HALF * REACH)).clamp(-_FURTHEST, _FURTHEST).exp()
 
 
-def _refine_planes(vectors: Tensor, larger: Tensor, wanted: Wanted, slope: float) -> Fit:
-    """`_refine` of planes, the larger or the smaller [L] bool of them: a child moves one vector, so that each has equations of its own."""
+def _refine_planes(vectors: Tensor, kind: Tensor, wanted: Wanted, slope: float, steps: int) -> Fit:
+    """`_refine` of planes: a child moves one vector, so that each has equations of its own."""
 
     def solve(vectors: Tensor, state: State, damping: Tensor) -> Tensor:
         y, own, rows = state
@@ -225,18 +249,17 @@ def _refine_planes(vectors: Tensor, larger: Tensor, wanted: Wanted, slope: float
         size = new.norm(dim=2, keepdim=True)
         return new * (size.log().clamp(-_FURTHEST, _FURTHEST).exp() / size)
 
-    vectors, least = descend(vectors, lambda vectors: _linearised_planes(vectors, larger, slope), solve, wanted, _PLANE_STEPS)
-    return Fit(vectors.flatten(1), torch.where(larger, 2 * ONE, 0), least)
+    vectors, least = descend(vectors, lambda vectors: _linearised_planes(vectors, kind, slope), solve, wanted, steps)
+    return Fit(vectors.flatten(1), kind, least)
 
 
-def _linearised_planes(vectors: Tensor, larger: Tensor, slope: float) -> State:
+def _linearised_planes(vectors: Tensor, kind: Tensor, slope: float) -> State:
     """Values [L,512], whose plane says so [L,5,512] bool, and derivatives [L,512,3] by its vector."""
-    sign = torch.where(larger, 1.0, -1.0).to(vectors)[:, None]
-    d = sign[:, None] * plane_distances(vectors, slope)
-    most = d.amax(1)
-    near = d > (most - TIE)[:, None]
+    d = plane_distances(vectors, slope)
+    y = meet(d, kind)
+    near = (d - y[:, None]).abs() < TIE
     own = near & (near.cumsum(1) == 1)  # the first
     of_planes = torch.cat((F.normalize(vectors, dim=2), vectors.norm(dim=2, keepdim=True)), 2)
     n, size = (own.to(vectors).mT @ of_planes).split((3, 1), 2)  # of each child
     x = bases_of(n.device).x
-    return sign * most, own, slope * HALF / size * (x + (REACH - (n * x).sum(2, keepdim=True)) * n)
+    return y, own, slope * HALF / size * (x + (REACH - (n * x).sum(2, keepdim=True)) * n)

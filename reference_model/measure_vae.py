@@ -26,6 +26,7 @@ from reference_model.tiles import lattice
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_blocks import compile_fused
 from reference_model.vae_decode import decode_volume, load_vae
+from reference_model.vae_encode import encode_volume
 from reference_model.vae_fit import fit_cells
 from reference_model.vae_loss import make_targets
 from reference_model.volume import CELL, TAU, Volume, voxel_centers
@@ -108,7 +109,8 @@ def measure_one(model: SparseVAE, volume: Volume, config: Any, device: torch.dev
         exact = decode_volume(model, z, latents, volume.resolution, config.chunk)[1]
         for name in config.precisions:
             with torch.autocast(device.type, _PRECISION[name], enabled=name != "fp32"):
-                rows.append(facts | {"what": "encode", "precision": name} | measure(lambda: model.encode(batch), device, config.repeats))
+                for what, encode in {"encode": model.encode, "encode and look": partial(encode_volume, model)}.items():
+                    rows.append(facts | {"what": what, "precision": name} | measure(partial(encode, batch), device, config.repeats))
 
                 def decode() -> Tensor:
                     return decode_volume(model, z, latents, volume.resolution, config.chunk)[1]

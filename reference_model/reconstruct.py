@@ -1,7 +1,7 @@
 """One file there and back: `python -m reference_model.reconstruct in=MESH out=MESH resolution=256 network=none|default|PATH`.
 
 mesh → unit cube → volume (→ latents → volume, with a network) → surface at 0 → frame and units of the file. Without a network it
-shows what the grid can hold. With one, latents are the mean of the posterior: the same file gives the same mesh.
+shows what the grid can hold. With one, latents are those of `encode_volume`, without noise: the same file gives the same mesh.
 """
 
 import sys
@@ -20,6 +20,7 @@ from reference_model.sdf import mesh_to_volume
 from reference_model.symmetry import symmetries
 from reference_model.vae import SparseVAE
 from reference_model.vae_decode import DEFAULT_WEIGHTS, decode_volume, load_vae, without_specks
+from reference_model.vae_encode import encode_volume
 from reference_model.volume import Volume
 
 
@@ -51,10 +52,10 @@ def unit_mesh(volume: Volume, network: SparseVAE | None, sharp: bool) -> tuple[T
 
 @torch.no_grad()
 def rebuild(volume: Volume, network: SparseVAE, prune: float | None = None) -> tuple[Tensor, Tensor, int, Tensor | None]:
-    """volume → mean of the posterior → (coords, values, resolution, inside) as `decode_volume`, on the network's device."""
+    """volume → latents of `encode_volume` → (coords, values, resolution, inside) as `decode_volume`, on the network's device."""
     device = next(network.parameters()).device
     batch = collate_volumes([volume]).to(device)
-    coords, values, inside = decode_volume(network, network.encode(batch).mean, batch.latents[:, 1:], volume.resolution, prune=prune)
+    coords, values, inside = decode_volume(network, encode_volume(network, batch), batch.latents[:, 1:], volume.resolution, prune=prune)
     return coords, values, volume.resolution, inside
 
 

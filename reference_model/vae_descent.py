@@ -27,9 +27,11 @@ class Wanted(NamedTuple):
     outside: Tensor  # of the other children: the largest share
 
     @staticmethod
-    def of(targets: Targets, near: float) -> "Wanted":
-        """near: the |t| of band voxels that count half as much as those at the surface."""
+    def of(targets: Targets, near: float, weights: Tensor | None = None) -> "Wanted":
+        """near: the |t| of band voxels that count half as much as those at the surface; weights [L,512]: how much more they count."""
         share = targets.band / (1 + (targets.values / near).square())
+        if weights is not None:
+            share = share * weights
         share = share / share.sum(1, keepdim=True).clamp(min=1e-9)
         return Wanted(targets.values, share, ~targets.band * share.amax(1, keepdim=True))
 

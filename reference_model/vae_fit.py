@@ -66,21 +66,27 @@ class Fit(NamedTuple):
 
 
 @torch.no_grad()
-def fit_cells(targets: Targets, resolution: int, planes: bool = True) -> Tensor:
+def fit_cells(targets: Targets, resolution: int, planes: bool = True, weights: Tensor | None = None) -> Tensor:
     """Latents [L,16] float32 near to the band voxels, the more the nearer these are to the surface, that keep the side of other children.
 
-    planes: also of the forms "planes" and "corners".
+    planes: also of the forms "planes" and "corners". weights [L,512]: how much more than else a child counts.
     A cell that fewer pieces fit to within `_PRICE` is not tried with more: these could not be better by that.
     """
     device = targets.values.device.type
     with torch.autocast(device, enabled=False):
         parts = range(0, max(len(targets.values), 1), _ROWS[device])
-        return torch.cat([_fit(targets.rows(slice(i, i + _ROWS[device])), resolution, planes) for i in parts])
+        rows = [slice(i, i + _ROWS[device]) for i in parts]
+        return torch.cat([_fit(targets.rows(r), resolution, planes, None if weights is None else weights[r]) for r in rows])
 
 
-def _fit(targets: Targets, resolution: int, planes: bool) -> Tensor:
+def closeness(values: Tensor, targets: Targets, resolution: int) -> Tensor:
+    """[L] float64, what `fit_cells` makes small: how far values [L,512] are from what they should be."""
+    return Wanted.of(targets, _NEAR * slope_of(resolution)).double().loss(values.double())
+
+
+def _fit(targets: Targets, resolution: int, planes: bool, weights: Tensor | None) -> Tensor:
     slope = slope_of(resolution)  # also the size of a voxel
-    wanted = Wanted.of(targets, _NEAR * slope).double()
+    wanted = Wanted.of(targets, _NEAR * slope, weights).double()
     kind = torch.full_like(targets.band[:, 0], ONE, dtype=torch.int64)
     best = _least_squares(kind, torch.zeros_like(targets.band, dtype=torch.int64), wanted, pieces=1)
     best = _refine(best, wanted, slope, _STEPS, pieces=1)

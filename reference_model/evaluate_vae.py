@@ -1,9 +1,9 @@
 """How well a network reproduces meshes.
 
 `python -m reference_model.evaluate_vae meshes=TRUTH out=DIRECTORY [weights=PATH] [resolution=[256,512]]`: every mesh goes mesh → volume →
-latents (`encode_volume`) → decoded voxels → marching cubes at 0. Beside each score stand the ceiling (the same volume without the network) and
-the floor (the true mesh against itself, by other points). Writes `scores.json`, `scores.md`, `volumes/`, `meshes/` and `pictures/`; scores
-are explained in `reference_model.metrics.compare`.
+latents (`encode_volume`) → decoded voxels → marching cubes at 0. Beside each score stand the ceiling (the same volume without the
+network) and the floor (the true mesh against itself, by other points). Writes `scores.json`, `scores.md`, `volumes/`, `meshes/` and
+`pictures/`; scores are explained in `reference_model.metrics.compare`.
 """
 
 import json

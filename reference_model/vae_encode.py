@@ -1,4 +1,4 @@
-"""A volume → the latents that say it best, by looking at what they decode to: what a training never needs, and whoever keeps latents does."""
+"""A volume → the latents that say it best, by looking at what they decode to: for whoever keeps latents, not for training."""
 
 from dataclasses import replace
 from itertools import product

@@ -28,11 +28,11 @@ def test_table(tmp_path, capsys):
     assert measure_vae.main([f"out={tmp_path}", case, *settings]) == 0
     rows = json.loads((tmp_path / "measure.json").read_text(encoding="utf-8"))["rows"]
     steps = [("training step", "bf16"), ("training step, fits kept", "bf16")]
-    kinds = [*steps, ("encode", "fp32"), ("decode", "fp32"), ("encode", "bf16"), ("decode", "bf16")]
+    kinds = [*steps, *((what, name) for name in ("fp32", "bf16") for what in ("encode", "encode and look", "decode"))]
     assert [(r["resolution"], r["what"], r["precision"]) for r in rows] == [(R, *kind) for R in (256, 512) for kind in kinds]
-    assert all(r["ms"] > 0 for r in rows) and [r.get("crop") for r in rows[::6]] == [None, 4]
-    assert rows[3]["largest_difference"] == 0 < rows[5]["largest_difference"] < 0.1
+    assert all(r["ms"] > 0 for r in rows) and [r.get("crop") for r in rows[::8]] == [None, 4]
+    assert rows[4]["largest_difference"] == 0 < rows[7]["largest_difference"] < 0.1
     model = measure_vae.SparseVAE(measure_vae.VAEConfig(channels=(8, 8, 16), hidden_size=32, num_layers=1, num_heads=2))
     batch = measure_vae.collate_volumes([measure_vae.spheres([0.08], 256)])
     assert rows[0]["tflops"] == pytest.approx(3e-9 * model.flops(batch) / rows[0]["ms"]), "nothing is recomputed"
-    assert (tmp_path / "measure.md").read_text(encoding="utf-8").count("\n| ") == 13
+    assert (tmp_path / "measure.md").read_text(encoding="utf-8").count("\n| ") == 17

@@ -38,6 +38,7 @@ from reference_model.vae_pieces import (
     slope_of,
 )
 
+VERSION = "2"  # of fits that are kept: to be raised where another one comes out
 _ROWS = {"cpu": 1 << 8, "cuda": 1 << 13}  # latents at once: what fits a processor's cache, what fills a GPU
 _HARD = {"cpu": 1 << 6, "cuda": 1 << 12}  # the same where several pieces are fitted
 _NEAR = 0.35  # voxels from the surface where a voxel counts half

@@ -13,7 +13,7 @@ from torch import Tensor
 from reference_model.dataset import PreparedVolume
 from reference_model.distributed import Ranks
 from reference_model.packed import PackedBatch, read_packed
-from reference_model.vae_fit import fit_cells
+from reference_model.vae_fit import VERSION, fit_cells
 from reference_model.vae_loss import make_targets
 from reference_model.vae_pieces import COEFFICIENTS
 
@@ -26,37 +26,49 @@ def fits_folder(fits: str | Path, planes: bool) -> Path:
 def keep_fits(volumes: Sequence[PreparedVolume], folder: Path, device: torch.device, ranks: Ranks, planes: bool = True) -> None:
     """Write what is missing in folder; each rank a share. Returns when all ranks are done. planes: as `fit_cells`.
 
-    Volumes with a margin get none: of them comes what is resampled or cut. What lies there is taken as it is, whatever version of
-    `vae_fit` made it.
+    Volumes with a margin get none: of them comes what is resampled or cut. What another version of `vae_fit` left there is made anew.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [v for v in volumes if not _path(folder, v).exists()][ranks.rank :: ranks.size]
+    missing = [v for v in volumes if _version(_path(folder, v)) != VERSION][ranks.rank :: ranks.size]
     with ranks.bar(len(missing), unit="fit") as bar:
         for volume in missing:
             packed = read_packed(volume.path)
             if not packed.margin:
                 fit = fit_cells(make_targets(PackedBatch.of([packed]).unpack(device)), volume.resolution, planes)
                 part = folder / f".{_path(folder, volume).name}.{os.getpid()}.part"
-                save_file({"fit": fit.cpu()}, part)
+                save_file({"fit": fit.cpu()}, part, {"version": VERSION})
                 os.replace(part, _path(folder, volume))
             bar.update()
     ranks.sum([0.0])
 
 
 def read_fit(folder: Path, volume: PreparedVolume) -> Tensor:
-    """[L,16] float32 of the volume's latents; ValueError unless `keep_fits` left it there for this volume."""
-    from safetensors.torch import load_file
+    """[L,16] float32 of the volume's latents; ValueError unless `keep_fits` of this version left it there for this volume."""
+    from safetensors import safe_open
 
     path = _path(folder, volume)
     try:
-        fit = load_file(path)["fit"]
+        with safe_open(path, "pt") as file:
+            version, fit = (file.metadata() or {}).get("version"), file.get_tensor("fit")
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist: fits must be kept before volumes are drawn") from error
+    if version != VERSION:
+        raise ValueError(f"{path} must be of version {VERSION} of the fit, got {version}: keep_fits makes it anew")
     if fit.shape != (volume.tokens, COEFFICIENTS):
         raise ValueError(f"{path} must hold [{volume.tokens},{COEFFICIENTS}] numbers, got {[*fit.shape]}")
     return fit
+
+
+def _version(path: Path) -> str | None:
+    """Of the fit that is kept there, None where there is none."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("version")
 
 
 def _path(folder: Path, volume: PreparedVolume) -> Path:

@@ -1,6 +1,7 @@
 """Fits that are kept: turned like the cells they belong to, cut with them, and used by the model instead of its own."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,16 @@ def test_only_what_is_missing_is_fitted(tmp_path: Path, volume: PreparedVolume, 
     keep_fits([volume, wide], folder, torch.device("cpu"), Ranks())
     with pytest.raises(ValueError, match=r"must hold \[7,16\] numbers, got \["):
         read_fit(folder, replace(volume, tokens=7))
+
+
+def test_fits_of_another_version_are_made_anew(tmp_path: Path, volume: PreparedVolume, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = partial(keep_fits, [volume], tmp_path, torch.device("cpu"), Ranks())
+    with monkeypatch.context() as other:
+        other.setattr(vae_fits, "VERSION", "of before")
+        other.setattr(vae_fits, "fit_cells", lambda targets, *_: torch.zeros(len(targets.values), 16))
+        kept()
+        assert not read_fit(tmp_path, volume).any()
+    with pytest.raises(ValueError, match="must be of version .* got of before"):
+        read_fit(tmp_path, volume)
+    kept()
+    assert read_fit(tmp_path, volume).any()

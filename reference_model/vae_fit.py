@@ -131,7 +131,7 @@ def _corners(vectors: Tensor, wanted: Wanted, slope: float) -> tuple[Tensor, Ten
     """Vectors [cL,5,3] and kinds [cL] to begin with: of all ways to make two corners of five planes [L,5,3] the c that come nearest."""
     count, form = len(vectors), FORMS.index("corners")
     pairs = combinations(range(PLANES), 2)
-    ways = [((*pair, *({*range(PLANES)} - {*pair})), ONE + sign * form) for pair in pairs for sign in (1, -1)]
+    ways = [((*pair, *(i for i in range(PLANES) if i not in pair)), ONE + sign * form) for pair in pairs for sign in (1, -1)]
     order, kind = (torch.tensor(x, device=vectors.device) for x in zip(*ways, strict=True))  # [20,5], [20]
     d = plane_distances(vectors, slope)
     least = torch.cat([wanted.loss(meet(d[:, o], k.expand(count))) for o, k in zip(order, kind, strict=True)])

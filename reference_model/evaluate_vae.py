@@ -32,7 +32,6 @@ from reference_model.reconstruct import load_network, rebuild
 from reference_model.sdf import mesh_to_volume
 from reference_model.sources import find_sources
 from reference_model.vae import SparseVAE
-from reference_model.vae_decode import without_specks
 from reference_model.volume import CELL, load_volume, save_volume
 
 _FIXED = ("samples", "seed", "size", "grid", "thickness", "y_up")  # settings that ceiling and floor follow from
@@ -69,13 +68,10 @@ def run_network(network: SparseVAE, path: Path, target: Path, prune: float | Non
     if values.is_cuda:
         torch.cuda.synchronize()
     decoded = time.perf_counter()
-    specks = None
-    if inside is not None:  # after pruning the signs of what was left out are not known
-        values, inside, specks = without_specks(volume.latents, values, inside, resolution)
     vertices, faces, report = extract_mesh(coords, values, resolution, inside)
     if len(faces) == 0:
         raise MeshError(f"no surface decoded at {resolution=}")
-    facts = {"latents": len(volume.latents), "seconds_network": round(decoded - begin, 3), "specks": specks, **asdict(report)}
+    facts = {"latents": len(volume.latents), "seconds_network": round(decoded - begin, 3), **asdict(report)}
     if prune is not None:
         key = torch.tensor([resolution**2, resolution, 1])
         kept = torch.isin((volume.coords.long() * key).sum(1), (coords.cpu().long() * key).sum(1))
@@ -154,12 +150,12 @@ def report(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> st
     for g in gaps(rows):
         cells = [f"{g[name]:.2f}" for name in _GAPS] + [f"{g['area']:.2f} ({g['area_worst']:.2f})"]
         text.append(f"| {g['resolution']} | {g['meshes']} | {' | '.join(cells)} | {g['components']} | {g['genus']} |")
-    text += ["", "| mesh | R | latents | encode + decode s | specks | corners outside | cells in disagreement | vertices on openings |"]
+    text += ["", "| mesh | R | latents | encode + decode s | corners outside | cells in disagreement | vertices on openings |"]
     text[-1] += " decoded % | band voxels lost |"
-    text += ["|---|" + "---:|" * 9]
+    text += ["|---|" + "---:|" * 8]
     for row in rows:
         n = row["network"]
-        counts = [n[name] for name in ("latents", "seconds_network", "specks", "missing_corners", "disagreeing_cells", "open_vertices")]
+        counts = [n[name] for name in ("latents", "seconds_network", "missing_corners", "disagreeing_cells", "open_vertices")]
         counts += [f"{n['decoded_percent']:.1f}", n["band_lost"]] if "band_lost" in n else ["100", 0]
         text.append(f"| {row['mesh']} | {row['resolution']} | " + " | ".join("–" if x is None else str(x) for x in counts) + " |")
     text += ["", "## Scores: result / ceiling / floor", "", "thin: area with walls under 2 voxels.", ""]

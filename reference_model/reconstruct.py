@@ -19,7 +19,7 @@ from reference_model.meshes import MeshError, load_mesh, normalize, save_mesh
 from reference_model.sdf import mesh_to_volume
 from reference_model.symmetry import symmetries
 from reference_model.vae import SparseVAE
-from reference_model.vae_decode import DEFAULT_WEIGHTS, decode_volume, load_vae, without_specks
+from reference_model.vae_decode import DEFAULT_WEIGHTS, decode_volume, load_vae
 from reference_model.vae_encode import encode_volume
 from reference_model.volume import Volume
 
@@ -41,13 +41,10 @@ def volume_to_mesh(
 
 
 def unit_mesh(volume: Volume, network: SparseVAE | None, sharp: bool) -> tuple[Tensor, Tensor, ExtractionReport]:
-    """As `extract_mesh`, in the unit cube; with a network from its decoded values at all children of the volume's latents, less specks."""
+    """As `extract_mesh`, in the unit cube; with a network from its decoded values at all children of the volume's latents."""
     if network is None:
         return extract_mesh(volume.coords, volume.values, volume.resolution, volume.inside, sharp)
-    coords, values, resolution, inside = rebuild(volume, network)
-    assert inside is not None  # nothing was pruned
-    values, inside, _ = without_specks(volume.latents, values, inside, resolution)
-    return extract_mesh(coords, values, resolution, inside, sharp)
+    return extract_mesh(*rebuild(volume, network), sharp)
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from reference_model.volume import CELL
 _MOST = 27  # voxels: three across
 
 
-def find_specks(latents: np.ndarray, inside: np.ndarray, resolution: int, most: int = _MOST) -> tuple[np.ndarray, int]:
-    """Voxels of pieces, joined through faces of voxels, that have at most `most`: [L,512] bool, and the number of pieces.
+def find_specks(latents: np.ndarray, inside: np.ndarray, resolution: int) -> tuple[np.ndarray, int]:
+    """Voxels of pieces, joined through faces of voxels, that have at most 27: [L,512] bool, and the number of pieces.
 
     latents [L,3] lexicographic, inside [L,512] bool. What meets a cell that is no latent goes on there and is no speck.
     """
@@ -42,5 +42,5 @@ def find_specks(latents: np.ndarray, inside: np.ndarray, resolution: int, most: 
     start, end = np.concatenate(links, 1)
     graph = graphs.coo_matrix((np.ones(len(start), np.bool_), (start, end)), (count, count))
     total, whole = graphs.csgraph.connected_components(graph, directed=False)
-    small = (np.bincount(whole, size, total) <= most) & (np.bincount(whole, endless, total) == 0)
+    small = (np.bincount(whole, size, total) <= _MOST) & (np.bincount(whole, endless, total) == 0)
     return small[whole][piece].reshape(inside.shape), int(small.sum())

@@ -239,6 +239,7 @@ class Trainer:
             if path.exists():
                 pixels = np.asarray(optional_import("PIL.Image").open(path).convert("RGB"))
                 self.board.add_image("validation/picture", pixels, self.state.step, dataformats="HWC")
+                self.board.flush()
 
     def _save(self) -> None:
         if self.ranks.rank == 0:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from reference_model.cli import optional_import
-from reference_model.specks import find_specks
 from reference_model.tiles import lattice
 from reference_model.vae import SparseVAE, VAEConfig
 from reference_model.vae_decoder import HALO
@@ -23,7 +22,6 @@ from reference_model.volume import CELL
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "vae_compact.safetensors"
 _FORMAT = "ssa-vae"
-_SPECK = 4  # voxels
 
 
 @torch.no_grad()
@@ -49,21 +47,6 @@ def decode_volume(
         return coords, values.flatten(), values < 0
     known = values.flatten().isfinite()
     return coords[known], values.flatten()[known], None
-
-
-def without_specks(latents: Tensor, values: Tensor, inside: Tensor, resolution: int) -> tuple[Tensor, Tensor, int]:
-    """What `decode_volume` gave at latents [L,3], with the other sign in pieces of at most 4 voxels, and the number of those pieces.
-
-    Between walls thinner than a voxel a decoder leaves crumbs of one to three voxels. A piece of the shape that is no larger goes as well:
-    a decoder's word for it is worth little.
-    """
-    if not len(latents):
-        return values, inside, 0
-    found, pieces = find_specks(latents.cpu().numpy(), inside.cpu().numpy(), resolution, _SPECK)
-    flip = torch.from_numpy(found).to(values.device)
-    size = values.abs().clamp(min=1e-6)
-    turned = torch.where(inside.flatten(), size, -size)
-    return torch.where(flip.flatten(), turned, values), inside ^ flip, pieces
 
 
 def chunks(latents: Tensor, edge: int) -> Iterator[tuple[Tensor, Tensor]]:

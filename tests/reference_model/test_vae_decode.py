@@ -10,7 +10,7 @@ from vae_inputs import shapes, tiny_model
 
 from reference_model.extract import extract_mesh
 from reference_model.tiles import lattice
-from reference_model.vae_decode import chunks, decode_volume, load_vae, read_card, save_vae, without_specks
+from reference_model.vae_decode import chunks, decode_volume, load_vae, read_card, save_vae
 from reference_model.volume import child_index
 
 
@@ -59,24 +59,6 @@ def test_decoded_voxels(torus_latents):
     extract_mesh(coords, values, 256, inside)
     with pytest.raises(ValueError, match=r"\[L,3\]"):
         decode_volume(model, z, torch.nn.functional.pad(torus_latents, (1, 0)), 256)
-
-
-def test_specks_take_the_sign_around_them():
-    """In a block of 4^3 latents, of which one is missing: a ball of radius 6 voxels with a bubble of 2 in it, crumbs of 1 and 4; what stays
-    are a crumb of 5 and one beside the missing latent, where it might go on."""
-    latents = lattice(4)[torch.arange(64) != 63].int()
-    at = (latents[:, None] * 8 + lattice(8)).flatten(0, 1)
-    values = ((at - 9.0).norm(dim=1) - 6).clamp(-1, 1)
-    box = lambda low, size: ((at >= torch.tensor(low)) & (at < torch.tensor(low) + torch.tensor(size))).all(1)  # noqa: E731
-    bubble, one, small = box((9, 9, 9), (1, 2, 1)), box((20, 3, 3), (1, 1, 1)), box((3, 20, 3), (2, 1, 2))
-    large, open_end = box((3, 3, 20), (5, 1, 1)), box((23, 26, 26), (1, 2, 1))
-    values[bubble], values[one], values[small], values[large], values[open_end] = 0.3, 0.0, -0.4, -0.5, -0.2
-    inside = (values <= 0).view(-1, 512)
-    cleared, sign, count = without_specks(latents, values, inside, 32)
-    changed = bubble | one | small
-    assert count == 3 and torch.equal(cleared != values, changed) and torch.equal((sign ^ inside).flatten(), changed)
-    assert (cleared[bubble] == -0.3).all() and (cleared[small] == 0.4).all() and cleared[one] > 0
-    assert torch.equal(sign.flatten(), cleared <= 0)
 
 
 def test_pruning_leaves_out_improbable_cells(torus_latents):

@@ -27,13 +27,13 @@ def parities(latents: Tensor) -> Tensor:
 
 
 def places_round(latents: Tensor, resolution: int) -> Tensor:
-    """[L,10^3] int64: places row * 512 + child of the voxels in and round each cell [L,3], lexicographic.
+    """[L,10^3] int64: places row * 512 + child of the voxels in and round each cell [L,3], lexicographic, in values [2L,512].
 
-    What meets a cell that is no latent goes on there, which is how marching cubes takes it.
+    The second half of these is what never changes: beyond the latents the nearest voxel of a cell goes on, as it truly is.
     """
     column, child, own = _halo(latents.device)
     beside = find_latent_neighbors(F.pad(latents.int(), (1, 0)), resolution // CELL)[:, column].long()
-    alone = torch.arange(len(latents), device=latents.device)[:, None] * CELL**3 + own
+    alone = torch.arange(len(latents), 2 * len(latents), device=latents.device)[:, None] * CELL**3 + own
     return torch.where(beside < 0, alone, beside * CELL**3 + child)
 
 

@@ -16,7 +16,8 @@ from reference_model.vae_pieces import closed, piece_values, slope_of
 from reference_model.volume import CELL
 
 # of further fits: weights of voxels on the wrong side, and the |t|, in voxels, of voxels that count half; mild ones first
-_TRIES = sorted(product((0.0, 3.0, 10.0, 30.0, 100.0, 300.0), (1.0, 0.3, 0.1)), key=lambda x: x[0] / x[1])
+_TRIES = sorted(product((0.0, 3.0, 10.0, 30.0, 100.0, 300.0), (1.0, 0.3, 0.1, 0.03)), key=lambda x: x[0] / x[1])
+_ROUNDS = 3  # of a look: other pieces in a cell change a little what the network says of cells beside it
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def encode_volume(model: SparseVAE, batch: VolumeBatch) -> Tensor:
     """One sample → its latents [L,16], rows as batch.latents.
 
     The mean of the posterior; but pieces alone in open cells that the network does not bring nearer, and other pieces in cells that would
-    give the surface another Euler characteristic. Takes two decodings more than `SparseVAE.encode`. ValueError for several samples.
+    give the surface another Euler characteristic. Takes two to four decodings more than `SparseVAE.encode`. ValueError for several samples.
     """
     if len(batch.meta) != 1:
         raise ValueError(f"encode_volume takes one sample, got {len(batch.meta)}")
@@ -38,20 +39,24 @@ def encode_volume(model: SparseVAE, batch: VolumeBatch) -> Tensor:
     values, alone = decode_volume(model, z, latents, resolution)[1].view(-1, CELL**3), piece_values(pieces, resolution).clamp(-1, 1)
     nearer = closeness(values, targets, resolution) < closeness(alone, targets, resolution)
     z = torch.where(nearer[:, None], z, pieces)
-    values = decode_volume(model, z, latents, resolution)[1].view(-1, CELL**3)
-    return keep_topology(z, values, targets, latents, resolution, model.config.planes)
+    for _ in range(_ROUNDS):
+        before, values = z, decode_volume(model, z, latents, resolution)[1].view(-1, CELL**3)
+        z = keep_topology(z, values, targets, latents, resolution, model.config.planes)
+        if torch.equal(z, before):
+            break
+    return z
 
 
 def keep_topology(z: Tensor, values: Tensor, targets: Targets, latents: Tensor, resolution: int, planes: bool) -> Tensor:
     """Latents z [L,16], which decode to values [L,512], with other pieces in those of the cells latents [L,3] that would change the Euler
     characteristic of the true surface; where none of `_TRIES` keeps it, they stay."""
-    z, state, places = z.clone(), targets.values.clone(), places_round(latents, resolution)
-    parity = parities(latents)
+    z, both, places = z.clone(), targets.values.repeat(2, 1), places_round(latents, resolution)
+    state, parity = both[: len(z)], parities(latents)
     for i in range(8):
         rows = (parity == i).nonzero().flatten()
-        before = euler(state.flatten()[places[rows]])
+        before = euler(both.view(-1)[places[rows]])
         state[rows] = values[rows]
-        left = euler(state.flatten()[places[rows]]) != before
+        left = euler(both.view(-1)[places[rows]]) != before
         rows, before = rows[left], before[left]
         for heed, near in _TRIES:
             if not len(rows):
@@ -61,7 +66,7 @@ def keep_topology(z: Tensor, values: Tensor, targets: Targets, latents: Tensor, 
             weights = weights / (1 + (found.values / (near * slope_of(resolution))).square())
             pieces = closed(fit_cells(found, resolution, planes, weights))
             state[rows] = piece_values(pieces, resolution)
-            kept = euler(state.flatten()[places[rows]]) == before
+            kept = euler(both.view(-1)[places[rows]]) == before
             z[rows[kept]] = pieces[kept]
             rows, before = rows[~kept], before[~kept]
         state[rows] = values[rows]

@@ -31,14 +31,15 @@ def characteristic(values: torch.Tensor) -> int:
 def test_changes_add_up(rough):
     """From one surface to another, parity after parity."""
     latents = lattice(GRID)
-    state, other = noise(0, rough), noise(1, rough)
+    both, other = noise(0, rough).repeat(2, 1), noise(1, rough)
+    state = both[: len(latents)]
     places, parity = places_round(latents, 8 * GRID), parities(latents)
     begin, end, changes = characteristic(state), characteristic(other), 0
     for i in range(8):
         rows = parity == i
-        before = euler(state.flatten()[places[rows]])
+        before = euler(both.flatten()[places[rows]])
         state[rows] = other[rows]
-        changes += (euler(state.flatten()[places[rows]]) - before).sum().item()
+        changes += (euler(both.flatten()[places[rows]]) - before).sum().item()
     assert begin != end and changes == 4 * (end - begin)
 
 
@@ -50,7 +51,7 @@ def test_cells_change_it_alone():
         changed = truth.clone()
         changed[cell] = other[cell]
         around = places[cell : cell + 1]
-        change = euler(changed.flatten()[around]) - euler(truth.flatten()[around])
+        change = euler(torch.cat((changed, truth)).flatten()[around]) - euler(truth.repeat(2, 1).flatten()[around])
         assert change.item() == 4 * (characteristic(changed) - before)
 
 
@@ -63,7 +64,7 @@ def test_cells_of_one_parity_do_not_touch():
 
 
 def test_what_lies_round_a_cell():
-    """Against plain arithmetic; beyond the latents a cell goes on."""
+    """Against plain arithmetic; beyond the latents a cell goes on, in the second half."""
     latents = lattice(3)[torch.randperm(27, generator=torch.Generator().manual_seed(0))[:15].sort().values]
     places = places_round(latents, 24)
     rows = {tuple(cell): i for i, cell in enumerate(latents.tolist())}
@@ -71,10 +72,12 @@ def test_what_lies_round_a_cell():
         for place, step in zip(places[row].tolist(), (lattice(10) - 1).tolist(), strict=True):
             voxel = [8 * c + s for c, s in zip(cell, step, strict=True)]
             there = tuple(v // 8 for v in voxel)
+            begin = 0
             if there not in rows:
                 there, voxel = tuple(cell), [8 * c + min(max(s, 0), 7) for c, s in zip(cell, step, strict=True)]
+                begin = len(latents) * 512
             x, y, z = (v % 8 for v in voxel)
-            assert place == rows[there] * 512 + (x * 8 + y) * 8 + z
+            assert place == begin + rows[there] * 512 + (x * 8 + y) * 8 + z
 
 
 def test_nothing_at_all():

@@ -3,10 +3,11 @@
     volume [N voxels] → Encoder → Posterior [L,16] → sample → Decoder → a value at each of the 512 children of the L latents
                       ↘ fit of each cell ↗                   ↘ the values of the fit ↗
 
-Latents begin as what is fitted to a cell (`vae_pieces`, `vae_fit`), which the network corrects on both sides: a smooth piece of
-surface, an edge, a corner or a thin wall then needs no learning. `head="tanh"` is the paper's output, without them.
+Latents begin as what is fitted to a cell (`vae_pieces`, `vae_fit`), which the network corrects on both sides where no fit comes near: a
+smooth piece of surface, an edge, a corner or a thin wall needs no learning. `head="tanh"` is the paper's output, without them.
 
-`loss` is what a trainer minimises; `encode` and `decode` are the two halves. Letters: N band voxels, L latents, B samples, R resolution.
+`loss` is what a trainer minimises; `encode` and `decode` are the two halves, and `vae_encode.encode_volume` chooses latents to keep.
+Letters: N band voxels, L latents, B samples, R resolution.
 """
 
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class VAEConfig:
     latent_channels: int = 16
     decoder: str = "subpixel"  # or "symmetric", "released": the blocks of `vae_blocks`
     head: str = "pieces"  # what the network corrects in each cell; or nothing: "clamp", "tanh" (released)
-    planes: bool = True  # pieces may be five planes, not up to three bent ones alone
+    planes: bool = True  # pieces may be five planes, together or as two corners, not up to three bent ones alone
     pooling: str = "subpixel"  # learned; or "mean", "released": sum / (n + 1)
     ext_target: str = "sign"  # of children outside the band; "released": +1 everywhere, which gives the surface a second side
     error: str = "squared"  # of a value; or "smooth_l1", which counts what is almost right for more: `vae_loss`

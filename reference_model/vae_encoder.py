@@ -105,7 +105,7 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """→ mean, logvar [L,16] float32, rows as the latents; partitions: windows without and with shift.
 
-        patch [L,16]: latents fitted to the cells, which the mean is added to.
+        patch [L,16]: latents fitted to the cells, which the mean is added to where they are open.
         """
         run = self._checkpointed if self.checkpointing and torch.is_grad_enabled() else _plain
         first = self.down[0]

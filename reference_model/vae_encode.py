@@ -32,10 +32,8 @@ def encode_volume(model: SparseVAE, batch: VolumeBatch) -> Tensor:
     if model.config.head != "pieces":
         return model.encode(batch).mean
     targets, latents, resolution = make_targets(batch), batch.latents[:, 1:], batch.resolution
-    if batch.fit is None:
-        batch = replace(batch, fit=fit_cells(targets, resolution, model.config.planes))
-    assert batch.fit is not None
-    z, pieces = model.encode(batch).mean, closed(batch.fit)
+    fit = fit_cells(targets, resolution, model.config.planes) if batch.fit is None else batch.fit
+    z, pieces = model.encode(replace(batch, fit=fit)).mean, closed(fit)
     values, alone = decode_volume(model, z, latents, resolution)[1].view(-1, CELL**3), piece_values(pieces, resolution).clamp(-1, 1)
     nearer = closeness(values, targets, resolution) < closeness(alone, targets, resolution)
     z = torch.where(nearer[:, None], z, pieces)

@@ -49,7 +49,7 @@ _STEPS = 8  # of one piece
 _FORMS = 2  # of three groups that are tried further
 _REFINED = ((4, 3), (2, 4), (1, 10))  # of several: how many beginnings go on, for how many steps
 _CORNERS = 3  # ways to pair planes that are tried further
-_PLANES_REFINED = ((3, 3), (4, 1), (8, 1))  # of planes: for how many steps, and how many then go on
+_PLANES_REFINED = ((3, 3), (1, 4), (1, 8))  # of planes: how many then go on, after how many steps
 _FURTHEST = 2.0  # of the logarithm of a vector's length
 
 
@@ -120,7 +120,7 @@ def _planes(targets: Targets, wanted: Wanted, slope: float) -> Fit:
     together = torch.full((count,), FORMS.index("planes"), device=targets.values.device)
     begun = [(vectors, ONE + form) for vectors in seen for form in (together, -together)] + [_corners(v, wanted, slope) for v in seen]
     vectors, kind = (torch.cat(x) for x in zip(*begun, strict=True))
-    for steps, left in _PLANES_REFINED:
+    for left, steps in _PLANES_REFINED:
         found = _refine_planes(vectors, kind, wanted.repeat(len(kind) // count), slope, steps)
         found = found.rows(_places_of_best(found.least, count, left))
         vectors, kind = found.numbers.unflatten(1, (PLANES, 3)), found.kind

@@ -27,6 +27,7 @@ from ssa.kernels import (
     group_norm_silu,
     position_table,
     selected_attention,
+    selected_attention_by_query,
     submanifold_conv3d,
     varlen_attention,
 )
@@ -35,8 +36,8 @@ from ssa.kernels.launch import Launcher
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
 FILES = [
-    block_mean, block_topk, common, gated_sum, group_norm_silu, position_table, selected_attention, submanifold_conv3d,
-    varlen_attention,
+    block_mean, block_topk, common, gated_sum, group_norm_silu, position_table, selected_attention,
+    selected_attention_by_query, submanifold_conv3d, varlen_attention,
 ]  # fmt: skip
 TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -62,7 +63,10 @@ def launches(head_dim: int, dtype: torch.dtype, group: int, narrow: bool) -> lis
             ssa.spatial_sparse_attention(q, k, v, k_cmp, v_cmp, gates, partition, topk=8).sum().backward()
             outputs = ssa.window_attention(q, k, v, partition) + ssa.compression_attention(q, k_cmp, v_cmp, partition)
             ids = torch.zeros(1000, 2, 8, dtype=torch.int32)
-            torch.cat([x.flatten() for x in (*outputs, *ssa.selected_attention(q, k, v, ids, partition))]).sum().backward()
+            for query_major in (False, True):
+                patch.setattr(selected_attention, "by_query", lambda *_, always=query_major: always)
+                outputs += ssa.selected_attention(q, k, v, ids, partition)
+            torch.cat([x.flatten() for x in outputs]).sum().backward()
         x, table, slots = k.detach().flatten(1).requires_grad_(), torch.zeros(64, 2 * head_dim), torch.zeros(1000, dtype=torch.int32)
         functional.add_position(x, table.requires_grad_(), slots).sum().backward()
         blocks = partition.compression

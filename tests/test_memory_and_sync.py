@@ -24,12 +24,12 @@ if CUDA:
         yield
         torch.cuda.set_sync_debug_mode("default")
 
-    @pytest.fixture(params=[([300, 0, 55], 12), ([2500, 0, 1500], 30)], ids=["short", "long"])
+    @pytest.fixture(params=[([300, 0, 55], 12, 8), ([300, 0, 55], 12, 16), ([2500, 0, 1500], 30, 8)], ids=["short", "by query", "long"])
     def problem(request):
         """Compiled, warm and often enough called to be replayed, before any test forbids synchronising."""
-        counts, edge = request.param
+        counts, edge, heads = request.param
         partition = random_partition(counts, shift=2, edge=edge)
-        leaves = leaves_of(partition, 8, 2, 32, torch.bfloat16)
+        leaves = leaves_of(partition, heads, 2, 32, torch.bfloat16)
 
         def step():
             o = ssa.spatial_sparse_attention(*leaves, partition, topk=4)

@@ -184,10 +184,11 @@ if CUDA:
         "block_mean": lambda p, q, *_: ssa.block_mean(q, p.compression),
     }
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize(("dtype", "query_major"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
     @pytest.mark.parametrize("name", OPERATIONS)
-    def test_replayed_operations_are_bitwise_equal(name, dtype, monkeypatch):
+    def test_replayed_operations_are_bitwise_equal(name, dtype, query_major, monkeypatch):
         """Outputs and gradients of new inputs, by tapes of other inputs and without."""
+        monkeypatch.setattr(selected_attention, "by_query", lambda *_: query_major)
         partition = random_partition([700, 0, 55], m_cmp=1, shift=2, edge=12)  # long enough for the bounded forward
         replays = []
 
@@ -218,7 +219,7 @@ if CUDA:
         partition = random_partition([700, 0, 55], edge=12)
         q, k, v, *_ = (x.requires_grad_() for x in draw_qkv(partition, 8, 2, 32, torch.bfloat16, 0))
         ids = random_choice(partition, 2, 4)
-        assert selected_attention.chunk_queries(8, 32, 4, 2) < 755
+        assert selected_attention.chunk_queries(q, ids) < 755
         outputs = [ssa.selected_attention(q, k, v, ids, partition)[0] for _ in range(4)]
         first, *others = ([o, *torch.autograd.grad(o, (q, k, v), o)] for o in outputs)
         assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))

@@ -22,6 +22,20 @@ import ssa
 from ssa import naive
 
 
+@pytest.fixture(params=["block", "query"] if IMPL == "triton" else ["plain"], autouse=True)
+def major(request, monkeypatch):
+    """Both ways to o and dq, whatever the sizes."""
+    if IMPL == "triton":
+        from ssa.kernels import replay, selected_attention
+
+        monkeypatch.setattr(selected_attention, "by_query", lambda *_: request.param == "query")
+        replay.forget()
+        yield request.param
+        replay.forget()
+    else:
+        yield request.param
+
+
 def problem(partition, ids, hq=4, d=32, dtype=torch.float32, seed=0):
     q, k, v, _, _ = draw_qkv(partition, hq, ids.shape[1], d, dtype, seed)
     return (
@@ -109,7 +123,9 @@ def test_equal_keys_give_the_mean_of_v(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_beyond_the_range_of_exp(dtype):
+def test_scores_beyond_the_range_of_exp(dtype, major, monkeypatch):
+    if major == "query" and dtype == torch.float32:  # goes by block: under the interpreter BLAS rounds a score by its place in a tile
+        monkeypatch.undo()
     partition = random_partition([50])
     fn, reference, (q, k, v) = problem(partition, random_choice(partition, 2, 4), dtype=dtype)
     q, k = 6 * q, 6 * k
@@ -138,11 +154,11 @@ if IMPL == "triton":
     @pytest.mark.parametrize("chunk", [1, 7, 64])
     def test_chunks_of_queries_do_not_show(chunk, dtype, monkeypatch):
         """Scratch for few queries at a time: chunk borders inside and at the end, and key gradients split over chunks."""
-        from ssa.autograd import selected_attention as boundary
+        from ssa.kernels import selected_attention as kernels
 
         tokens = 9 if chunk == 1 else 64
         partition = random_partition([tokens], edge=6)
-        monkeypatch.setattr(boundary, "chunk_queries", lambda *_: chunk)
+        monkeypatch.setattr(kernels, "chunk_queries", lambda *_: chunk)
         compare(*problem(partition, random_choice(partition, 2, 2), dtype=dtype))
 
     def test_order_of_the_blocks_does_not_show(monkeypatch):
@@ -171,7 +187,7 @@ if IMPL == "triton":
         compare(*problem(partition, ids[..., :width], hq=group, d=16, dtype=torch.float16))
 
     @pytest.mark.parametrize(("edge", "norms"), [(6, 1), (5, 0)])
-    def test_blocks_that_are_streamed_on_average_take_the_norms_of_their_keys(edge, norms, monkeypatch):
+    def test_blocks_that_are_streamed_on_average_take_the_norms_of_their_keys(edge, norms, major, monkeypatch):
         """216 tokens a block, or 125, which stay in registers."""
         from ssa.kernels import selected_attention as kernels
 
@@ -183,7 +199,7 @@ if IMPL == "triton":
         partition = ssa.partition_voxels(coords.to(DEVICE), selection_block_size=8)
         ids = partition.coords[:, :1, None].int().contiguous()
         compare(*problem(partition, ids, hq=2, d=16, dtype=torch.bfloat16 if DEVICE.type == "cuda" else torch.float16))
-        assert (len(taken) > 0) == norms
+        assert (len(taken) > 0) == (norms and major == "block")
 
     @pytest.mark.parametrize("part", [32, 512])
     @pytest.mark.parametrize("chunk", [20, 1000])

@@ -198,12 +198,14 @@ if IMPL == "triton":
         with pytest.raises(RuntimeError, match="second-order gradients are not supported"):
             torch.autograd.grad(dq.sum(), leaves)
 
-    def test_number_of_launches(monkeypatch):
-        """Twelve forward, eleven backward: few enough for small inputs, whatever the samples and windows."""
-        from ssa.kernels import block_topk, common, gated_sum, selected_attention, varlen_attention
+    @pytest.mark.parametrize(("query_major", "forward", "both"), [(False, 12, 23), (True, 7, 20)])
+    def test_number_of_launches(query_major, forward, both, monkeypatch):
+        """Few enough for small inputs, whatever the samples and windows."""
+        from ssa.kernels import block_topk, common, gated_sum, selected_attention, selected_attention_by_query, varlen_attention
 
         count = []
-        for module in (block_topk, common, gated_sum, selected_attention, varlen_attention):
+        monkeypatch.setattr(selected_attention, "by_query", lambda *_: query_major)
+        for module in (block_topk, common, gated_sum, selected_attention, selected_attention_by_query, varlen_attention):
             for name in [n for n in vars(module) if n.endswith("_kernel")]:
                 kernel = getattr(module, name)
                 counting = type("Counting", (), {"__getitem__": lambda self, grid, k=kernel: count.append(1) or k[grid]})()
@@ -212,6 +214,6 @@ if IMPL == "triton":
         count.clear()
         leaves = [x.requires_grad_() for x in inputs]
         o = ssa.spatial_sparse_attention(*leaves, partition, topk=2, impl=IMPL)
-        assert len(count) == 12
+        assert len(count) == forward
         o.sum().backward()
-        assert len(count) == 23
+        assert len(count) == both

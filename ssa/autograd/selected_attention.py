@@ -3,30 +3,20 @@
 from torch import Tensor
 
 from ..kernels.common import lse_dtype
-from ..kernels.selected_attention import chunk_queries, invert, selected_attention_backward, selected_attention_forward
+from ..kernels.selected_attention import inverse_map_sizes, selected_attention_backward, selected_attention_forward
 from ..kernels.varlen_attention import attention_stats
 from .common import first_order_only, operator
 
 
-def queries_per_chunk(q: Tensor, topk_indices: Tensor) -> int:
-    return chunk_queries(q.shape[1], q.shape[2], topk_indices.shape[2], q.element_size())
-
-
-def fake_inverse_map(q: Tensor, topk_indices: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of csr_offsets, csr_indices and chunks."""
-    t, hkv, topk = topk_indices.shape
-    chunk, buckets = queries_per_chunk(q, topk_indices), hkv * (offsets.shape[0] - 1)
-    chunks = offsets.new_empty((2, (t + chunk - 1) // chunk * buckets + 1))
-    return offsets.new_empty((buckets + 1,)), offsets.new_empty((t * hkv * topk,)), chunks
+def fake_inverse_map(q: Tensor, topk_indices: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+    return tuple(offsets.new_empty(size) for size in inverse_map_sizes(q, topk_indices, offsets))
 
 
 @operator("selected_attention")
 def selected_attention(
     q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    chunk = queries_per_chunk(q, topk_indices)
-    csr = invert(topk_indices, offsets.shape[0] - 1, chunk)
-    return *selected_attention_forward(q, k, v, topk_indices, offsets, *csr[1:], chunk, softmax_scale), *csr
+    return selected_attention_forward(q, k, v, topk_indices, offsets, softmax_scale)
 
 
 @selected_attention.register_fake
@@ -41,10 +31,7 @@ def _backward_op(
     csr_offsets: Tensor, csr_indices: Tensor, chunks: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stats = attention_stats(o, do, lse, dlse)
-    chunk = queries_per_chunk(q, topk_indices)
-    return selected_attention_backward(
-        q, k, v, do, stats, topk_indices, offsets, csr_offsets, csr_indices, chunks, chunk, softmax_scale
-    )
+    return selected_attention_backward(q, k, v, do, stats, topk_indices, offsets, csr_offsets, csr_indices, chunks, softmax_scale)
 
 
 @_backward_op.register_fake

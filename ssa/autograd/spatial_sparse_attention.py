@@ -10,10 +10,10 @@ from torch import Tensor
 from ..kernels.block_topk import block_topk, topk_map
 from ..kernels.common import lse_dtype, tile_maps
 from ..kernels.gated_sum import gated_sum_backward, gated_sum_forward
-from ..kernels.selected_attention import invert, selected_attention_backward, selected_attention_forward
+from ..kernels.selected_attention import selected_attention_backward, selected_attention_forward
 from ..kernels.varlen_attention import forward_map, varlen_attention_backward, varlen_attention_forward
 from .common import first_order_only, operator
-from .selected_attention import fake_inverse_map, queries_per_chunk
+from .selected_attention import fake_inverse_map
 
 
 @operator("spatial_sparse_attention")
@@ -32,12 +32,10 @@ def spatial_sparse_attention(
         )
     else:
         topk_indices = topk_indices.clone(memory_format=torch.contiguous_format)
-    chunk = queries_per_chunk(q, topk_indices)
-    csr = invert(topk_indices, offsets.shape[0] - 1, chunk)
-    o_slc, lse_slc = selected_attention_forward(q, k, v, topk_indices, offsets, *csr[1:], chunk, softmax_scale)
+    o_slc, lse_slc, csr_offsets, csr_indices, chunks = selected_attention_forward(q, k, v, topk_indices, offsets, softmax_scale)
     o_win, lse_win = varlen_attention_forward(q, k, v, cu_window, cu_window, window_index, softmax_scale, tiles=tiles_win)
     o = gated_sum_forward(o_cmp, o_slc, o_win, gates)
-    return o, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, topk_indices, *csr
+    return o, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, topk_indices, csr_offsets, csr_indices, chunks
 
 
 @spatial_sparse_attention.register_fake
@@ -63,9 +61,8 @@ def _backward_op(
         q, k_cmp, v_cmp, dos.pop(0), stats[0], cu_seqlens, cu_compression, None, softmax_scale
     )
     grads = selected_attention_backward(
-        q, k, v, dos.pop(0), stats[1], topk_indices, offsets, csr_offsets, csr_indices, chunks,
-        queries_per_chunk(q, topk_indices), softmax_scale, out=(dq, None, None),
-    )  # fmt: skip
+        q, k, v, dos.pop(0), stats[1], topk_indices, offsets, csr_offsets, csr_indices, chunks, softmax_scale, out=(dq, None, None)
+    )
     dq, dk, dv = varlen_attention_backward(
         q, k, v, dos.pop(0), stats[2], cu_window, cu_window, window_index, softmax_scale, out=grads
     )

@@ -3,7 +3,8 @@
     forward  s = scale q kᵀ, p = exp(s − m), o = p v      backward  ds = p (do vᵀ − delta), dq = ds k, dv = pᵀ do, dk = dsᵀ q
 
 Rows are (query, head) pairs of one key/value head, see common.py. GATHER says where position i of a grouping lies: 0: at row i itself;
-n > 0: at row index[i] // n (windows: n = 1; the inverse map of the selection, whose entries are (t Hkv + kv) topk + slot: n = Hkv · topk).
+n > 0: at row index[i] // n (windows: n = 1; the inverse map of the selection, whose entries are (t Hkv + kv) topk + slot: n = Hkv · topk);
+LINE: at i plus the jumps of all blocks that begin at or before i, index being (begins, jumps), see selected_attention_by_query.py.
 Loops run over full tiles without a mask and once more, masked, over the rest. Exponentials are base 2 with the scale folded in; in fp32
 the exponent is formed in natural units first, so that exp(lse − lse) is exactly 1.
 """
@@ -14,6 +15,7 @@ import triton.language as tl
 from .common import LN2, LOG2E, LOG2E_LOW, load_rows
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it leaves the nearest integer in the low bits
+LINE = tl.constexpr(-1)
 MAX_BOUND = tl.constexpr(50.0)  # in powers of two: scores then span at most 2^±50, far inside the 2^±126 of fp32 and bf16
 
 
@@ -153,6 +155,12 @@ def _keys(
         at = ((tl.load(index_ptr + start + n, mask=valid, other=0) // GATHER).to(tl.int64) * HKV + kv) * D
         k = load_rows(k_ptr, at, valid, D, BLOCK_D)
         v = load_rows(v_ptr, at, valid, D, BLOCK_D)
+    elif GATHER == LINE:
+        begins, jumps = index_ptr
+        j = start + n
+        at = (j + tl.sum(tl.where(begins[None, :] <= j[:, None], jumps[None, :], 0), 1)).to(tl.int64) * (HKV * D) + kv * D
+        k = load_rows(k_ptr, at, valid, D, BLOCK_D, MASKED)
+        v = load_rows(v_ptr, at, valid, D, BLOCK_D, MASKED)
     else:
         base = (start * HKV + kv).to(tl.int64) * D
         k = load_rows(k_ptr + base, n * (HKV * D), valid, D, BLOCK_D, MASKED)

@@ -1,6 +1,7 @@
 """Selected attention: every (query, key/value head) attends to all tokens of the selection blocks it chose.
 
-Block-major: a tile holds (query, head) rows that chose one block, so K and V are read once for BLOCK_M rows, or ENTRIES queries, of it.
+Block-major: a tile holds (query, head) rows that chose one block, so K and V are read once for BLOCK_M rows, or ENTRIES queries, of it;
+o and dq of small blocks are had query-major instead, see selected_attention_by_query.py.
 Each (query, chosen block) pair is an *entry* e = (t Hkv + kv) topk + slot; the inverse map sorts entries stably by bucket (kv, block):
 csr_indices lists them, csr_offsets says where each bucket begins, −1 ids come last.
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from .common import LN2, LOG2E, block_d, key_norms, load_norm, load_rows, load_tile, lse_dtype, precision, store_rows, tile_maps
 from .inner import dq_keys, forward_rows, load_stats, packed_rows
 from .launch import cdiv, launcher, next_power_of_2
+from .selected_attention_by_query import by_query, dq_by_query, forward_by_query
 from .varlen_attention import launch_dkv
 
 SCRATCH = 320 * 2**20
@@ -52,9 +54,18 @@ def _entries(config: dict, group: int) -> int:
     return config["ENTRIES"] or config["BLOCK_M"] // group
 
 
-def chunk_queries(num_heads: int, head_dim: int, topk: int, itemsize: int) -> int:
+def chunk_queries(q: Tensor, topk_indices: Tensor) -> int:
     """Queries a chunk: their partial results fill SCRATCH."""
-    return max(1, SCRATCH // (num_heads * topk * (head_dim * itemsize + 4)))
+    return max(1, SCRATCH // (q.shape[1] * topk_indices.shape[2] * (q.shape[2] * q.element_size() + 4)))
+
+
+def inverse_map_sizes(q: Tensor, topk_indices: Tensor, offsets: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what the forward hands to the backward of the inverse map: nothing where it needs none itself."""
+    (t, hkv, topk), num_blocks = topk_indices.shape, offsets.shape[0] - 1
+    if by_query(q, hkv, num_blocks):
+        return (0,), (0,), (0,)
+    buckets = hkv * num_blocks
+    return (buckets + 1,), (t * hkv * topk,), (2, cdiv(t, chunk_queries(q, topk_indices)) * buckets + 1)
 
 
 @triton.jit
@@ -415,15 +426,19 @@ def _hottest_first(offsets: Tensor, csr_offsets: Tensor, num_kv_heads: int, bloc
 
 
 def selected_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, csr_indices: Tensor, chunks: Tensor, chunk: int,
-    scale: float, config: dict | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Contiguous q, k, v and `invert(topk_indices, S, chunk)` → o like q, lse [T,Hq]."""
+    q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, scale: float, config: dict | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Contiguous q, k, v → o like q, lse [T,Hq], and of `invert` what the backward takes (`inverse_map_sizes`)."""
     (t, hq, d), hkv, topk, num_blocks = q.shape, k.shape[1], topk_indices.shape[2], offsets.shape[0] - 1
+    if by_query(q, hkv, num_blocks):
+        o, lse = forward_by_query(q, k, v, topk_indices, offsets, scale)
+        return o, lse, offsets.new_empty(0), offsets.new_empty(0), offsets.new_empty(0)
+    chunk = chunk_queries(q, topk_indices)
+    csr_offsets, csr_indices, chunks = invert(topk_indices, num_blocks, chunk)
     o = torch.empty_like(q)
     lse = torch.empty(t, hq, dtype=lse_dtype(q), device=q.device)
     if t == 0:
-        return o, lse
+        return o, lse, csr_offsets, csr_indices, chunks
     config = config or _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
     norms = None if config["ENTRIES"] and t < 192 * num_blocks else key_norms(k)  # blocks that are streamed, on average
@@ -441,39 +456,53 @@ def selected_attention_forward(
         _combine_kernel[grid](
             part, part_lse, topk_indices, o, lse, n * hq, c * chunk * hq, topk, G=hq // hkv, D=d, BLOCK_D=block_d(d), BLOCK_M=64
         )
-    return o, lse
+    return o, lse, csr_offsets, csr_indices, chunks
+
+
+def _dq_by_block(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, stats: Tensor, topk_indices: Tensor, offsets: Tensor, csr_indices: Tensor, tiles: Tensor,
+    chunk: int, scale: float, dq: Tensor, accumulate: bool, config: dict,
+) -> None:  # fmt: skip
+    """Writes dq, or adds to it, chunk by chunk of queries; tiles: of each."""
+    (t, hq, d), hkv, topk, num_blocks = q.shape, k.shape[1], topk_indices.shape[2], offsets.shape[0] - 1
+    part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
+    for c in range(tiles.shape[0]):
+        n = min(chunk, t - c * chunk)
+        _dq_kernel[(tiles.shape[2],)](
+            q, k, v, do, stats, part, offsets, csr_indices, tiles[c], tiles.shape[2], scale, num_blocks, c * chunk * hkv * topk,
+            TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q), **config,
+        )  # fmt: skip
+        grid = (cdiv(n * hq, 64),)
+        _sum_slots_kernel[grid](
+            part, topk_indices, dq, n * hq, c * chunk * hq, topk, G=hq // hkv, D=d, BLOCK_D=block_d(d), BLOCK_M=64, ACCUMULATE=accumulate
+        )
 
 
 def selected_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, stats: Tensor, topk_indices: Tensor, offsets: Tensor, csr_offsets: Tensor,
-    csr_indices: Tensor, chunks: Tensor, chunk: int, scale: float,
-    out: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None), configs: tuple[dict | None, dict | None] = (None, None),
+    csr_indices: Tensor, chunks: Tensor, scale: float, out: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    configs: tuple[dict | None, dict | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv; tensors given in `out` are added to in place."""
     (t, hq, d), hkv, topk, num_blocks = q.shape, k.shape[1], topk_indices.shape[2], offsets.shape[0] - 1
     dq = torch.empty_like(q) if out[0] is None else out[0]
     if t == 0:
         return dq, torch.empty_like(k), torch.empty_like(v)
-    sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
-    config, config_k = configs[0] or _config("dq", d, q.dtype), configs[1] or _config("dkv", d, q.dtype)
-    of_queries = chunks, min(chunk, t) * hkv * topk, _entries(config, hq // hkv)
-    if t < MANY:
-        tiles, tiles_k = tile_maps(of_queries, (offsets, t, config_k["BLOCK_N"]), chunks=cdiv(t, chunk))
+    config_k = configs[1] or _config("dkv", d, q.dtype)
+    of_keys = offsets, t, config_k["BLOCK_N"]
+    if by_query(q, hkv, num_blocks):
+        dq_by_query(q, k, v, do, stats, topk_indices, offsets, scale, dq, out[0] is not None)
+        csr_offsets, csr_indices, _ = invert(topk_indices, num_blocks, t)
+        tiles_k = tile_maps(of_keys)[0] if t < MANY else None
     else:
-        (tiles,) = tile_maps(of_queries, chunks=cdiv(t, chunk))
+        chunk = chunk_queries(q, topk_indices)
+        config = configs[0] or _config("dq", d, q.dtype)
+        of_queries = chunks, min(chunk, t) * hkv * topk, _entries(config, hq // hkv)
+        tiles, *rest = tile_maps(of_queries, *([of_keys] if t < MANY else []), chunks=cdiv(t, chunk))
+        tiles_k = rest[0] if rest else None
+        _dq_by_block(q, k, v, do, stats, topk_indices, offsets, csr_indices, tiles, chunk, scale, dq, out[0] is not None, config)
+    if tiles_k is None:
         tiles_k = _hottest_first(offsets, csr_offsets, hkv, config_k["BLOCK_N"], t)
-    part = torch.empty(min(chunk, t) * hq * topk, d, dtype=q.dtype, device=q.device)
-    for c in range(tiles.shape[0]):
-        n = min(chunk, t - c * chunk)
-        _dq_kernel[(tiles.shape[2],)](
-            q, k, v, do, stats, part, offsets, csr_indices, tiles[c], tiles.shape[2], scale, num_blocks, c * chunk * hkv * topk,
-            **sizes, **config,
-        )  # fmt: skip
-        grid = (cdiv(n * hq, 64),)
-        _sum_slots_kernel[grid](
-            part, topk_indices, dq, n * hq, c * chunk * hq, topk, G=hq // hkv, D=d, BLOCK_D=block_d(d), BLOCK_M=64,
-            ACCUMULATE=out[0] is not None,
-        )  # fmt: skip
     splits = 1 << min(MAX_SPLITS, t // 4096).bit_length() >> 1 or 1  # a block that every query chose is not one program's work
     args = (q, k, v, do, stats, csr_offsets, num_blocks, csr_indices, hkv * topk, tiles_k, None, 0, scale, out[1:], splits, config_k)
     return dq, *launch_dkv(*args)

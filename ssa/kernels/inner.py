@@ -4,7 +4,7 @@
 
 Rows are (query, head) pairs of one key/value head, see common.py. GATHER says where position i of a grouping lies: 0: at row i itself;
 n > 0: at row index[i] // n (windows: n = 1; the inverse map of the selection, whose entries are (t Hkv + kv) topk + slot: n = Hkv · topk);
-LINE: at i plus the jumps of all blocks that begin at or before i, index being (begins, jumps), see selected_attention_by_query.py.
+LINE: at i plus the shift of the last block that begins at or before i, index being (begins, shifts), see selected_attention_by_query.py.
 Loops run over full tiles without a mask and once more, masked, over the rest. Exponentials are base 2 with the scale folded in; in fp32
 the exponent is formed in natural units first, so that exp(lse − lse) is exactly 1.
 """
@@ -144,6 +144,16 @@ def packed_rows(index_ptr, first, count, kv, HQ: tl.constexpr, G: tl.constexpr, 
 
 
 @triton.jit
+def _rows_of_line(begins, shifts, j):
+    """Of positions j of a line, by bisection: in a warp, a lane asks another for what it holds."""
+    block = tl.zeros_like(j)
+    for i in tl.static_range(1, 16):
+        if begins.shape[0] >> i > 0:
+            block += tl.where(tl.gather(begins, block + (begins.shape[0] >> i), 0) <= j, begins.shape[0] >> i, 0)
+    return j + tl.gather(shifts, block, 0)
+
+
+@triton.jit
 def _keys(
     k_ptr, v_ptr, index_ptr, kv, start, hi, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     GATHER: tl.constexpr, MASKED: tl.constexpr,
@@ -156,9 +166,7 @@ def _keys(
         k = load_rows(k_ptr, at, valid, D, BLOCK_D)
         v = load_rows(v_ptr, at, valid, D, BLOCK_D)
     elif GATHER == LINE:
-        begins, jumps = index_ptr
-        j = start + n
-        at = (j + tl.sum(tl.where(begins[None, :] <= j[:, None], jumps[None, :], 0), 1)).to(tl.int64) * (HKV * D) + kv * D
+        at = _rows_of_line(index_ptr[0], index_ptr[1], start + n).to(tl.int64) * (HKV * D) + kv * D
         k = load_rows(k_ptr, at, valid, D, BLOCK_D, MASKED)
         v = load_rows(v_ptr, at, valid, D, BLOCK_D, MASKED)
     else:

@@ -3,10 +3,10 @@
 selected_attention.py reads K and V once for many queries, but writes and sums a partial result a (query, block). Where blocks hold few
 tokens that costs more than reading them again for each query: here nothing is partial, and the forward needs no inverse map.
 
-The chosen blocks are laid end to end, so tiles of keys are full whatever the blocks hold. Position j of that line is token
-j + Σ jump of the blocks that begin at or before j; a jump leads from the end of one block to the start of the next:
+The chosen blocks are laid end to end, so tiles of keys are full whatever the blocks hold. Position j of that line is token j + shift of
+the last block that begins at or before j:
 
-    blocks 7 of 3 tokens from 40, 2 of 2 tokens from 9:    begin 0 3    jump 40 −34    positions 0 1 2 3 4 → tokens 40 41 42 9 10
+    blocks 7 of 3 tokens from 40, 2 of 2 tokens from 9:    begin 0 3    shift 40 6    positions 0 1 2 3 4 → tokens 40 41 42 9 10
 """
 
 import torch
@@ -36,14 +36,13 @@ def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
 
 @triton.jit
 def _line(ids_ptr, offsets_ptr, TOPK: tl.constexpr, SLOTS: tl.constexpr):
-    """(where each chosen block begins, its jump) and the number of keys in all. Ids of −1 are empty blocks."""
+    """(where each chosen block begins, its shift) and the number of keys in all. Ids of −1 are empty blocks."""
     slot = tl.arange(0, SLOTS)
     block = tl.load(ids_ptr + slot, mask=slot < TOPK, other=-1)
-    before = tl.load(ids_ptr + slot - 1, mask=(slot > 0) & (slot < TOPK), other=-1)
     lo = tl.load(offsets_ptr + block, mask=block >= 0, other=0)
     size = tl.load(offsets_ptr + block + 1, mask=block >= 0, other=0) - lo
-    jump = lo - tl.load(offsets_ptr + before + 1, mask=before >= 0, other=0)
-    return (tl.cumsum(size, 0) - size, jump), tl.sum(size, 0)
+    begin = tl.cumsum(size, 0) - size
+    return (begin, lo - begin), tl.sum(size, 0)
 
 
 @triton.jit

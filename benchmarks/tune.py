@@ -40,6 +40,8 @@ KERNELS = {  # name → (module of ssa.kernels, name the module gives to `_confi
     "score": ("block_topk", None, "score", "fwd"),
     "slc.fwd": ("selected_attention", "fwd", "slc", "fwd"),
     "slc.dq": ("selected_attention", "dq", "slc", "bwd"),
+    "slc.fwd.query": ("selected_attention_by_query", "fwd", "slc", "fwd"),  # of small blocks, as at T = 4,096
+    "slc.dq.query": ("selected_attention_by_query", "dq", "slc", "bwd"),
     "slc.dkv": ("selected_attention", "dkv", "slc", "bwd"),
     "win.fwd": ("varlen_attention", "fwd", "win", "fwd"),
     "win.dq": ("varlen_attention", "dq", "win", "bwd"),

@@ -9,6 +9,7 @@ from utils import CUDA, draw, draw_qkv, largest, random_coords, random_partition
 import ssa
 from ssa import naive
 from ssa.kernels.replay import ENOUGH
+from ssa.kernels.selected_attention_by_query import GROUPS, SMALL
 from ssa.partition import neighbor_table
 
 if CUDA:
@@ -30,6 +31,7 @@ if CUDA:
         counts, edge, heads = request.param
         partition = random_partition(counts, shift=2, edge=edge)
         leaves = leaves_of(partition, heads, 2, 32, torch.bfloat16)
+        assert (heads // 2 in GROUPS and partition.num_tokens <= SMALL * len(partition.selection)) == (heads == 16)
 
         def step():
             o = ssa.spatial_sparse_attention(*leaves, partition, topk=4)

@@ -94,6 +94,23 @@ def test_new_arguments_and_their_aliases(axpy):
     assert len(runs) == 2 and all(torch.equal(o, copy) for o, copy in held), "outputs are new memory"
 
 
+def test_empty_outputs_are_new_each_time(axpy):
+    """They have no address to be told apart by; an empty input that is returned is still no output."""
+
+    def body(x, n, own):
+        o, none, nothing = torch.empty_like(x), x.new_empty(0), torch.empty(0, 3, dtype=torch.int32)
+        axpy(x, x, o, n, 1.0)
+        return o, none, nothing if own else x[:0]
+
+    for own in (True, False):
+        call, runs = counted(lambda *args, own=own: body(*args, own))
+        for seed in range(4):
+            x = floats(16, seed=seed)
+            o, none, nothing = call(x, 16)
+            assert torch.equal(o, 2 * x) and none.shape == (0,) and nothing.shape == ((0, 3) if own else (0,))
+        assert len(runs) == (2 if own else 4)
+
+
 def test_what_differs_is_written_down_anew(axpy):
     def body(x, y, other, n, scale):
         o = torch.empty_like(x)

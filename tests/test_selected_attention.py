@@ -21,19 +21,21 @@ from utils import (
 import ssa
 from ssa import naive
 
+WAYS = [(d, way) for d in DTYPES for way in ("block", "query") if way == "block" or (IMPL == "triton" and d != torch.float32)]
 
-@pytest.fixture(params=["block", "query"] if IMPL == "triton" else ["plain"], autouse=True)
-def major(request, monkeypatch):
-    """Both ways to o and dq, whatever the sizes."""
+
+@pytest.fixture
+def dtype(request, monkeypatch):
+    """Both ways to o and dq, whatever the sizes; fp32 goes by block."""
+    dtype, way = request.param
     if IMPL == "triton":
-        from ssa.kernels import replay, selected_attention
+        from ssa.kernels import selected_attention
 
-        monkeypatch.setattr(selected_attention, "by_query", lambda *_: request.param == "query")
-        replay.forget()
-        yield request.param
-        replay.forget()
-    else:
-        yield request.param
+        monkeypatch.setattr(selected_attention, "by_query", lambda *_: way == "query")
+    return dtype
+
+
+both_ways = pytest.mark.parametrize("dtype", WAYS, indirect=True, ids=str)
 
 
 def problem(partition, ids, hq=4, d=32, dtype=torch.float32, seed=0):
@@ -45,14 +47,14 @@ def problem(partition, ids, hq=4, d=32, dtype=torch.float32, seed=0):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@both_ways
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims(head_dim, dtype):
     partition = random_partition([40, 23])
     compare(*problem(partition, random_choice(partition, 2, 3), d=head_dim, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@both_ways
 @pytest.mark.parametrize("group", GROUPS)
 def test_groups(group, dtype):
     partition = random_partition([11, 6], edge=5)
@@ -71,7 +73,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@both_ways
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, dtype):
     """Lists of 0 to 5 blocks; a sample may have fewer than 5."""
@@ -79,7 +81,7 @@ def test_layouts(layout, dtype):
     compare(*problem(partition, random_choice(partition, 2, 5), dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@both_ways
 def test_block_that_every_query_chooses(dtype):
     partition = random_partition([140])
     ids = torch.full((140, 1, 2), -1, dtype=torch.int32, device=DEVICE)
@@ -87,7 +89,7 @@ def test_block_that_every_query_chooses(dtype):
     compare(*problem(partition, ids, hq=2, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@both_ways
 def test_every_block_gives_full_attention(dtype):
     """topk of all blocks is attention over the sample, whatever the blocks."""
     partition = random_partition([70])
@@ -96,17 +98,18 @@ def test_every_block_gives_full_attention(dtype):
     compare(fn, lambda q, k, v: naive.attention(q, k, v, torch.ones(70, 70, dtype=torch.bool, device=DEVICE)), inputs)
 
 
-def test_empty_list():
+@both_ways
+def test_empty_list(dtype):
     """All −1: o = 0, lse = −inf, zero gradients."""
     partition = random_partition([30])
     ids = torch.full((30, 2, 3), -1, dtype=torch.int32, device=DEVICE)
-    fn, _, inputs = problem(partition, ids)
+    fn, _, inputs = problem(partition, ids, dtype=dtype)
     with nan_in_fresh_memory():
         (o, lse), grads = run(fn, inputs)
     assert (o == 0).all() and (lse == -torch.inf).all() and all((g == 0).all() for g in grads)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@both_ways
 def test_equal_keys_give_the_mean_of_v(dtype):
     partition = random_partition([60])
     ids = random_choice(partition, 1, 2)
@@ -122,10 +125,8 @@ def test_equal_keys_give_the_mean_of_v(dtype):
             assert (o[t] == 0).all() and (lse[t] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_beyond_the_range_of_exp(dtype, major, monkeypatch):
-    if major == "query" and dtype == torch.float32:  # goes by block: under the interpreter BLAS rounds a score by its place in a tile
-        monkeypatch.undo()
+@both_ways
+def test_scores_beyond_the_range_of_exp(dtype):
     partition = random_partition([50])
     fn, reference, (q, k, v) = problem(partition, random_choice(partition, 2, 4), dtype=dtype)
     q, k = 6 * q, 6 * k
@@ -134,14 +135,15 @@ def test_scores_beyond_the_range_of_exp(dtype, major, monkeypatch):
     compare(fn, reference, [q, k, v])
 
 
-def test_gradient_of_o_alone_and_of_lse_alone():
+@both_ways
+def test_gradient_of_o_alone_and_of_lse_alone(dtype):
     partition = random_partition([40])
-    fn, reference, inputs = problem(partition, random_choice(partition, 2, 3))
+    fn, reference, inputs = problem(partition, random_choice(partition, 2, 3), dtype=dtype)
     for i in (0, 1):
         compare(lambda *xs, i=i: fn(*xs)[i], lambda *xs, i=i: reference(*xs)[i], inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@both_ways
 def test_runs_repeat_bitwise(dtype):
     partition = random_partition([100])
     fn, _, inputs = problem(partition, random_choice(partition, 2, 4), dtype=dtype)
@@ -150,7 +152,7 @@ def test_runs_repeat_bitwise(dtype):
 
 if IMPL == "triton":
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", [(d, "block") for d in DTYPES], indirect=True, ids=str)
     @pytest.mark.parametrize("chunk", [1, 7, 64])
     def test_chunks_of_queries_do_not_show(chunk, dtype, monkeypatch):
         """Scratch for few queries at a time: chunk borders inside and at the end, and key gradients split over chunks."""
@@ -187,7 +189,7 @@ if IMPL == "triton":
         compare(*problem(partition, ids[..., :width], hq=group, d=16, dtype=torch.float16))
 
     @pytest.mark.parametrize(("edge", "norms"), [(6, 1), (5, 0)])
-    def test_blocks_that_are_streamed_on_average_take_the_norms_of_their_keys(edge, norms, major, monkeypatch):
+    def test_blocks_that_are_streamed_on_average_take_the_norms_of_their_keys(edge, norms, monkeypatch):
         """216 tokens a block, or 125, which stay in registers."""
         from ssa.kernels import selected_attention as kernels
 
@@ -199,7 +201,7 @@ if IMPL == "triton":
         partition = ssa.partition_voxels(coords.to(DEVICE), selection_block_size=8)
         ids = partition.coords[:, :1, None].int().contiguous()
         compare(*problem(partition, ids, hq=2, d=16, dtype=torch.bfloat16 if DEVICE.type == "cuda" else torch.float16))
-        assert (len(taken) > 0) == (norms and major == "block")
+        assert (len(taken) > 0) == norms
 
     @pytest.mark.parametrize("part", [32, 512])
     @pytest.mark.parametrize("chunk", [20, 1000])
@@ -241,12 +243,23 @@ if IMPL == "triton":
         assert csr_offsets.tolist() == [0, *bucket.bincount(minlength=1201).cumsum(0).tolist()[:-1]]
         assert torch.equal(chunks, csr_offsets.expand(2, -1))
 
-    def test_opcheck():
+    @both_ways
+    def test_opcheck(dtype):
         from ssa.autograd import selected_attention as boundary
 
         partition = random_partition([30])
-        fn, _, inputs = problem(partition, random_choice(partition, 2, 2))
+        fn, _, inputs = problem(partition, random_choice(partition, 2, 2), dtype=dtype)
         opcheck(boundary, "selected_attention", lambda: fn(*[x.requires_grad_() for x in inputs]))
+
+    def test_which_blocks_are_small():
+        """16 bit, 8 to 32 heads a key/value head, up to 64 blocks a query, up to 32 tokens a block on average."""
+        from ssa.kernels.selected_attention_by_query import by_query
+
+        def small(t=320, group=8, topk=64, num_blocks=10, dtype=torch.bfloat16):
+            return by_query(torch.empty(t, 2 * group, 16, dtype=dtype), torch.empty(t, 2, topk, dtype=torch.int32), num_blocks)
+
+        assert small() and small(dtype=torch.float16) and small(group=32) and small(t=0, num_blocks=0)
+        assert not any((small(t=321), small(group=7), small(group=33), small(topk=65), small(dtype=torch.float32)))
 
     def test_second_order_gradient_raises():
         partition = random_partition([5])
@@ -257,13 +270,14 @@ if IMPL == "triton":
             torch.autograd.grad(dq.sum(), leaves)
 
 
+@both_ways
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_stay_in_their_row_or_sample(value, name):
+def test_nan_and_inf_stay_in_their_row_or_sample(value, name, dtype):
     """In q: its own row alone. In k or v: every row that sees it, never another sample. Gradients likewise."""
     partition = random_partition([30, 25, 0, 21])
     ids = random_choice(partition, 1, 3)
-    fn, _, inputs = problem(partition, ids, hq=2)
+    fn, _, inputs = problem(partition, ids, hq=2, dtype=dtype)
     sample = partition.coords[:, 0]
     for row in (0, int((sample == 1).nonzero()[3])):
         clean, clean_grads = run(fn, inputs)

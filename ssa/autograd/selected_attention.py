@@ -1,4 +1,7 @@
-"""`ssa::selected_attention`: (q, k, v, topk_indices) → (o, lse), both differentiable, and the inverse map for the backward."""
+"""`ssa::selected_attention`: (q, k, v, topk_indices) → (o, lse), both differentiable, and the inverse map for the backward.
+
+The map is empty where blocks are small: the forward then needs none, and the backward makes it.
+"""
 
 from torch import Tensor
 

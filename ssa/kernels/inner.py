@@ -147,7 +147,7 @@ def packed_rows(index_ptr, first, count, kv, HQ: tl.constexpr, G: tl.constexpr, 
 def _rows_of_line(begins, shifts, j):
     """Of positions j of a line, by bisection: in a warp, a lane asks another for what it holds."""
     block = tl.zeros_like(j)
-    for i in tl.static_range(1, 16):
+    for i in tl.static_range(1, 7):  # of up to 64 blocks
         if begins.shape[0] >> i > 0:
             block += tl.where(tl.gather(begins, block + (begins.shape[0] >> i), 0) <= j, begins.shape[0] >> i, 0)
     return j + tl.gather(shifts, block, 0)

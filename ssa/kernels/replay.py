@@ -109,13 +109,13 @@ class Tape:
     def of(recorder: Recorder, out: Tensor | tuple[Tensor, ...]) -> Tape | None:
         """None if the call did more than a tape holds, or if an output is an input or a part of something else."""
         outputs = [out] if isinstance(out, Tensor) else [*out]
-        slots = [recorder.cell(x)[0] if x.nbytes else None for x in outputs]  # empty ones have no address
+        slots = [recorder.cell(x)[0] for x in outputs]
         whole = all(x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes() for x in outputs)
-        known = [slot for slot in slots if slot is not None]
-        fit = recorder.fit and whole and "input" not in known and len({*known}) == len(known)
+        known = [slot for slot, x in zip(slots, outputs, strict=True) if x.nbytes]  # empty ones have no address
+        fit = recorder.fit and whole and "input" not in slots and len({*known}) == len(known)
         return Tape(recorder, outputs, slots, isinstance(out, Tensor)) if fit else None
 
-    def __init__(self, recorder: Recorder, outputs: list[Tensor], slots: list, single: bool):
+    def __init__(self, recorder: Recorder, outputs: list[Tensor], slots: list[int], single: bool):
         self.single = single
         self.outputs = [functools.partial(torch.empty, x.shape, dtype=x.dtype, device=x.device) for x in outputs]
         uses: dict[int, list[int]] = {}

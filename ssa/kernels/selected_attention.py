@@ -62,7 +62,7 @@ def chunk_queries(q: Tensor, topk_indices: Tensor) -> int:
 def inverse_map_sizes(q: Tensor, topk_indices: Tensor, offsets: Tensor) -> tuple[tuple[int, ...], ...]:
     """Shapes of what the forward hands to the backward of the inverse map: nothing where it needs none itself."""
     (t, hkv, topk), num_blocks = topk_indices.shape, offsets.shape[0] - 1
-    if by_query(q, hkv, num_blocks):
+    if by_query(q, topk_indices, num_blocks):
         return (0,), (0,), (0,)
     buckets = hkv * num_blocks
     return (buckets + 1,), (t * hkv * topk,), (2, cdiv(t, chunk_queries(q, topk_indices)) * buckets + 1)
@@ -426,11 +426,11 @@ def _hottest_first(offsets: Tensor, csr_offsets: Tensor, num_kv_heads: int, bloc
 
 
 def selected_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, scale: float, config: dict | None = None
+    q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Contiguous q, k, v → o like q, lse [T,Hq], and of `invert` what the backward takes (`inverse_map_sizes`)."""
     (t, hq, d), hkv, topk, num_blocks = q.shape, k.shape[1], topk_indices.shape[2], offsets.shape[0] - 1
-    if by_query(q, hkv, num_blocks):
+    if by_query(q, topk_indices, num_blocks):
         o, lse = forward_by_query(q, k, v, topk_indices, offsets, scale)
         return o, lse, offsets.new_empty(0), offsets.new_empty(0), offsets.new_empty(0)
     chunk = chunk_queries(q, topk_indices)
@@ -439,7 +439,7 @@ def selected_attention_forward(
     lse = torch.empty(t, hq, dtype=lse_dtype(q), device=q.device)
     if t == 0:
         return o, lse, csr_offsets, csr_indices, chunks
-    config = config or _config("fwd", d, q.dtype)
+    config = _config("fwd", d, q.dtype)
     sizes = dict(TOPK=topk, HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), PRECISION=precision(q))
     norms = None if config["ENTRIES"] and t < 192 * num_blocks else key_norms(k)  # blocks that are streamed, on average
     share = _entries(config, hq // hkv)
@@ -481,22 +481,21 @@ def _dq_by_block(
 def selected_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, stats: Tensor, topk_indices: Tensor, offsets: Tensor, csr_offsets: Tensor,
     csr_indices: Tensor, chunks: Tensor, scale: float, out: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
-    configs: tuple[dict | None, dict | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv; tensors given in `out` are added to in place."""
+    """dq, dk, dv; tensors given in `out` are added to in place. Where the forward needed no inverse map it is made here."""
     (t, hq, d), hkv, topk, num_blocks = q.shape, k.shape[1], topk_indices.shape[2], offsets.shape[0] - 1
     dq = torch.empty_like(q) if out[0] is None else out[0]
     if t == 0:
         return dq, torch.empty_like(k), torch.empty_like(v)
-    config_k = configs[1] or _config("dkv", d, q.dtype)
+    config_k = _config("dkv", d, q.dtype)
     of_keys = offsets, t, config_k["BLOCK_N"]
-    if by_query(q, hkv, num_blocks):
+    if by_query(q, topk_indices, num_blocks):
         dq_by_query(q, k, v, do, stats, topk_indices, offsets, scale, dq, out[0] is not None)
         csr_offsets, csr_indices, _ = invert(topk_indices, num_blocks, t)
         tiles_k = tile_maps(of_keys)[0] if t < MANY else None
     else:
         chunk = chunk_queries(q, topk_indices)
-        config = configs[0] or _config("dq", d, q.dtype)
+        config = _config("dq", d, q.dtype)
         of_queries = chunks, min(chunk, t) * hkv * topk, _entries(config, hq // hkv)
         tiles, *rest = tile_maps(of_queries, *([of_keys] if t < MANY else []), chunks=cdiv(t, chunk))
         tiles_k = rest[0] if rest else None

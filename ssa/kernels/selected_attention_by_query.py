@@ -18,19 +18,19 @@ from .common import block_d, load_rows, lse_dtype, precision, store_rows
 from .inner import LINE, dq_keys, forward_rows, load_stats
 from .launch import launcher, next_power_of_2
 
-SMALL = 32  # tokens a block, on average, up to which it pays
-GROUPS = range(8, 65)  # heads a key/value head that fill a tile of rows well enough
+SMALL = 32  # tokens a block, on average, up to which it pays; timed at 12 and 24
+GROUPS = range(8, 33)  # heads a key/value head that fill a tile of rows well enough
+MOST = 64  # blocks a query: a warp holds where all of them begin
 
 
-def by_query(q: Tensor, num_kv_heads: int, num_blocks: int) -> bool:
+def by_query(q: Tensor, topk_indices: Tensor, num_blocks: int) -> bool:
     """Whether these kernels are the ones to take. Of shapes and types alone, so that forward, backward and compilers agree."""
-    return q.dtype != torch.float32 and q.shape[1] // num_kv_heads in GROUPS and q.shape[0] <= SMALL * num_blocks
+    t, hkv, topk = topk_indices.shape
+    return q.dtype != torch.float32 and q.shape[1] // hkv in GROUPS and topk <= MOST and t <= SMALL * num_blocks
 
 
-def _config(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Launch settings, H200, 2026-11-30. One warp has the 16 rows of a group of heads; many such programs hide each other's waiting."""
-    if dtype == torch.float32:
-        return dict(BLOCK_N=32, num_warps=4, num_stages=1)
+def _config(kernel: str) -> dict[str, int]:
+    """Launch settings, H200, 2026-11-30. One warp has the rows of a group of heads; many such programs hide each other's waiting."""
     return dict(BLOCK_N=32, num_warps=1, num_stages=3)
 
 
@@ -88,23 +88,19 @@ def _sizes(q: Tensor, k: Tensor, topk: int) -> dict:
     return dict(TOPK=topk, SLOTS=next_power_of_2(topk), HQ=hq, HKV=hkv, D=d, BLOCK_D=block_d(d), BLOCK_M=rows, PRECISION=precision(q))
 
 
-def forward_by_query(
-    q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, scale: float, config: dict | None = None
-) -> tuple[Tensor, Tensor]:
-    """Contiguous q, k, v → o like q, lse [T,Hq]; T > 0."""
+def forward_by_query(q: Tensor, k: Tensor, v: Tensor, topk_indices: Tensor, offsets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Contiguous q, k, v → o like q, lse [T,Hq]."""
     t, hkv, topk = topk_indices.shape
     o, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=lse_dtype(q), device=q.device)
-    config = config or _config("fwd", q.shape[2], q.dtype)
-    _fwd_kernel[(t * hkv,)](q, k, v, topk_indices, offsets, o, lse, scale, **_sizes(q, k, topk), **config)
+    _fwd_kernel[(t * hkv,)](q, k, v, topk_indices, offsets, o, lse, scale, **_sizes(q, k, topk), **_config("fwd"))
     return o, lse
 
 
 def dq_by_query(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, stats: Tensor, topk_indices: Tensor, offsets: Tensor, scale: float, dq: Tensor,
-    accumulate: bool, config: dict | None = None,
+    accumulate: bool,
 ) -> None:  # fmt: skip
-    """Writes dq, or adds to it; T > 0."""
+    """Writes dq, or adds to it."""
     t, hkv, topk = topk_indices.shape
-    config = config or _config("dq", q.shape[2], q.dtype)
     sizes = dict(**_sizes(q, k, topk), ACCUMULATE=accumulate)
-    _dq_kernel[(t * hkv,)](q, k, v, do, stats, topk_indices, offsets, dq, scale, **sizes, **config)
+    _dq_kernel[(t * hkv,)](q, k, v, do, stats, topk_indices, offsets, dq, scale, **sizes, **_config("dq"))

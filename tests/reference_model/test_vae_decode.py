@@ -54,7 +54,8 @@ def test_decoded_voxels(torus_latents):
     coords, values, inside = decode_volume(model, z, torus_latents, 256)
     expected = model.decode(z, torch.nn.functional.pad(torus_latents, (1, 0)), 256)
     assert torch.equal(coords, (torus_latents[:, None] * 8 + lattice(8)).flatten(0, 1).int()) and not values.requires_grad
-    assert (values - expected.flatten()).abs().max() < 1e-6 and torch.equal(inside.flatten(), values < 0)  # by BLAS, not to the bit
+    assert (values - expected.flatten()).abs().max() < 1e-6  # by BLAS, not to the bit
+    assert ((inside.flatten() == (expected.flatten() < 0)) | (expected.flatten().abs() < 1e-6)).all()
     assert torch.equal(child_index(coords).view(-1, 512)[0], torch.arange(512))
     extract_mesh(coords, values, 256, inside)
     with pytest.raises(ValueError, match=r"\[L,3\]"):

@@ -210,7 +210,8 @@ class Trainer:
         row |= {"lr": window.rate, "loader_wait": window.wait / seconds, "seconds_a_step": seconds / window.steps}
         row |= {"hours": self.state.seconds / 3600}
         if self.device.type == "cuda":
-            row["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            row["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9  # since the row before
+            torch.cuda.reset_peak_memory_stats(self.device)
         if self.flops_a_token and self.settings.peak_tflops:
             flops = 3 * self.flops_a_token * window.counts["tokens"]  # backward is twice the forward
             row["mfu"] = flops / seconds / (1e12 * self.settings.peak_tflops)

@@ -64,7 +64,7 @@ def launches(head_dim: int, dtype: torch.dtype, group: int, narrow: bool) -> lis
             outputs = ssa.window_attention(q, k, v, partition) + ssa.compression_attention(q, k_cmp, v_cmp, partition)
             ids = torch.zeros(1000, 2, 8, dtype=torch.int32)
             for query_major in (False, True):
-                patch.setattr(selected_attention, "by_query", lambda *_, always=query_major: always)
+                patch.setattr(selected_attention, "by_query", lambda q, *_, ways=query_major: ways and q.dtype != torch.float32)
                 outputs += ssa.selected_attention(q, k, v, ids, partition)
             torch.cat([x.flatten() for x in outputs]).sum().backward()
         x, table, slots = k.detach().flatten(1).requires_grad_(), torch.zeros(64, 2 * head_dim), torch.zeros(1000, dtype=torch.int32)

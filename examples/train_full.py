@@ -118,7 +118,8 @@ def main() -> None:
 
     def score() -> None:
         share = max(1, options.workers // len(options.resolutions))
-        fixed = (f"meshes={options.meshes}", f"names=[{','.join(held)}]", f"workers={share}", f"weights={out}/run/weights.safetensors")
+        fixed = [f"meshes={options.meshes}", f"names=[{','.join(held)}]", f"workers={share}", f"weights={out}/run/weights.safetensors"]
+        fixed += [setting for setting in settings if setting.startswith("commit=")]
         run_all(pool, [("evaluate_vae", *fixed, f"out={out / f'scores_{r}'}", f"resolution={r}") for r in options.resolutions])
 
     with ThreadPoolExecutor(options.workers) as pool:

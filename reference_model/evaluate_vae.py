@@ -1,7 +1,7 @@
 """How well a network reproduces meshes.
 
 `python -m reference_model.evaluate_vae meshes=TRUTH out=DIRECTORY [weights=PATH] [resolution=[256,512]]`: every mesh goes mesh → volume →
-latents (`encode_volume`) → decoded voxels → marching cubes at 0. Beside each score stand the ceiling (the same volume without the
+latents (`rebuild`) → decoded voxels → marching cubes at 0. Beside each score stand the ceiling (the same volume without the
 network) and the floor (the true mesh against itself, by other points). Writes `scores.json`, `scores.md`, `volumes/`, `meshes/` and
 `pictures/`; scores are explained in `reference_model.metrics.compare`.
 """
@@ -23,15 +23,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from reference_model.checkpoint import git_commit
 from reference_model.cli import optional_import, parse
 from reference_model.evaluate_meshes import save_side_by_side
 from reference_model.extract import extract_mesh
 from reference_model.meshes import MeshError, load_mesh, normalize, save_mesh
 from reference_model.metrics import Surface, compare
-from reference_model.reconstruct import load_network, rebuild
+from reference_model.reconstruct import LATENTS, load_network, rebuild
 from reference_model.sdf import mesh_to_volume
 from reference_model.sources import find_sources
 from reference_model.vae import SparseVAE
+from reference_model.vae_decode import DEFAULT_WEIGHTS, read_card
+from reference_model.vae_pieces import is_open
 from reference_model.volume import CELL, load_volume, save_volume
 
 _FIXED = ("samples", "seed", "size", "grid", "thickness", "y_up")  # settings that ceiling and floor follow from
@@ -57,14 +60,17 @@ def build_volume(path: Path, resolution: int, folder: Path, settings: Mapping[st
     return target
 
 
-def run_network(network: SparseVAE, path: Path, target: Path, prune: float | None) -> tuple[NDArray, NDArray, dict[str, Any]]:
+def run_network(
+    network: SparseVAE, path: Path, target: Path, prune: float | None = None, latents: str = "chosen"
+) -> tuple[NDArray, NDArray, dict[str, Any]]:
     """Decoded surface in the unit cube, also written to `target` in the frame of its source; and what was counted and timed.
 
-    With prune: how much of the children was decoded, and how many of the true band voxels were left out.
+    latents, prune: as `rebuild`. Counted with pieces: the share of cells that the network corrects; with prune: how much of the children
+    was decoded, and how many of the true band voxels were left out.
     """
     volume = load_volume(path)
     begin = time.perf_counter()
-    coords, values, resolution, inside = rebuild(volume, network, prune)
+    z, (coords, values, resolution, inside) = rebuild(volume, network, prune, latents)
     if values.is_cuda:
         torch.cuda.synchronize()
     decoded = time.perf_counter()
@@ -72,6 +78,8 @@ def run_network(network: SparseVAE, path: Path, target: Path, prune: float | Non
     if len(faces) == 0:
         raise MeshError(f"no surface decoded at {resolution=}")
     facts = {"latents": len(volume.latents), "seconds_network": round(decoded - begin, 3), **asdict(report)}
+    if network.config.head == "pieces":
+        facts["corrected_percent"] = 100 * float(is_open(z).float().mean())
     if prune is not None:
         key = torch.tensor([resolution**2, resolution, 1])
         kept = torch.isin((volume.coords.long() * key).sum(1), (coords.cpu().long() * key).sum(1))
@@ -143,7 +151,8 @@ def gaps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def report(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     """Markdown: the gap to the ceiling, what the decoding met, all scores."""
     text = ["# Meshes through the VAE", "", f"`{settings['command']}`", ""]
-    text += [f"{settings['versions']}; {settings['samples']:,} points each way, point to surface.", ""]
+    facts = f"{settings['versions']}; weights: {settings['card']}; latents: {settings['latents']}"
+    text += [f"{facts}; {settings['samples']:,} points each way, point to surface.", ""]
     text += ["## Gap to the ceiling, mean over closed meshes", ""]
     text += ["| R | meshes | " + " | ".join(_GAPS.values()) + " | area off by % (worst) | components equal | genus equal |"]
     text += ["|---:" * 9 + "|"]
@@ -151,11 +160,12 @@ def report(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> st
         cells = [f"{g[name]:.2f}" for name in _GAPS] + [f"{g['area']:.2f} ({g['area_worst']:.2f})"]
         text.append(f"| {g['resolution']} | {g['meshes']} | {' | '.join(cells)} | {g['components']} | {g['genus']} |")
     text += ["", "| mesh | R | latents | encode + decode s | corners outside | cells in disagreement | vertices on openings |"]
-    text[-1] += " decoded % | band voxels lost |"
-    text += ["|---|" + "---:|" * 8]
+    text[-1] += " corrected by the network % | decoded % | band voxels lost |"
+    text += ["|---|" + "---:|" * 9]
     for row in rows:
         n = row["network"]
         counts = [n[name] for name in ("latents", "seconds_network", "missing_corners", "disagreeing_cells", "open_vertices")]
+        counts.append(f"{n['corrected_percent']:.1f}" if "corrected_percent" in n else None)
         counts += [f"{n['decoded_percent']:.1f}", n["band_lost"]] if "band_lost" in n else ["100", 0]
         text.append(f"| {row['mesh']} | {row['resolution']} | " + " | ".join("–" if x is None else str(x) for x in counts) + " |")
     text += ["", "## Scores: result / ceiling / floor", "", "thin: area with walls under 2 voxels.", ""]
@@ -191,16 +201,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         network = load_network(weights, config.device)
         if network is None:
             raise ValueError("weights must be a path or default")
+        card = read_card(DEFAULT_WEIGHTS if weights == "default" else weights)
     except ValueError as error:
         print(f"error: weights: {error}", file=sys.stderr)
+        return 2
+    if config.latents not in LATENTS:
+        print(f"error: latents must be one of {LATENTS}, got {config.latents!r}", file=sys.stderr)
         return 2
     volumes = Path(paths.get("volumes", out / "volumes"))
     for folder in (volumes, out / "meshes", out / "pictures"):
         folder.mkdir(parents=True, exist_ok=True)
-    versions = [f"{name} {optional_import(name).__version__}" for name in ("numpy", "torch", "trimesh")]
+    versions = [f"commit {config.commit or git_commit()}", f"Python {platform.python_version()}"]
+    versions += [f"{name} {optional_import(name).__version__}" for name in ("numpy", "torch", "trimesh")]
     settings: dict[str, Any] = {name: config[name] for name in ("samples", "seed", "size", "grid", "pictures", "thickness", "y_up")}
     settings |= {"command": " ".join(["python -m reference_model.evaluate_vae", *(sys.argv[1:] if argv is None else argv)])}
-    settings |= {"versions": ", ".join([f"Python {platform.python_version()}", *versions]), "weights": weights}
+    settings["card"] = ", ".join(f"{name} {card[name]}" for name in ("commit", "step", "parameters") if name in card) or weights
+    settings |= {"versions": ", ".join(versions), "weights": weights, "latents": config.latents}
     sources = [s.path for s in find_sources(paths["meshes"], exclude=out) if config.names is None or s.path.stem in config.names]
     resolutions = [config.resolution] if isinstance(config.resolution, int) else list(config.resolution)
     jobs = [(path, resolution) for resolution in resolutions for path in sources]
@@ -213,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for (path, resolution), future in zip(jobs, built, strict=True):
             try:
                 volume_path = future.result()
-                vertices, faces, facts = run_network(network, volume_path, out / "meshes" / f"{path.stem}_{resolution}.ply", config.prune)
+                target = out / "meshes" / f"{path.stem}_{resolution}.ply"
+                vertices, faces, facts = run_network(network, volume_path, target, config.prune, config.latents)
             except MeshError as reason:
                 left_out.append({"mesh": path.name, "resolution": resolution, "reason": str(reason)})
                 print(f"{path.name}: {reason}", file=sys.stderr)

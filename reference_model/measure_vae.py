@@ -98,11 +98,10 @@ def measure_one(model: SparseVAE, volume: Volume, config: Any, device: torch.dev
         if model.config.head == "pieces":
             steps["training step, fits kept"] = replace(batch, fit=fit_cells(make_targets(batch), volume.resolution, model.config.planes))
         passes = 4 if config.checkpointing else 3  # forward, perhaps again, and a backward of two
-        operations = None if crop else passes * 1e-9 * model.flops(batch)
+        operations = passes * 1e-9 * model.flops(batch, crop)
         for what, given in steps.items():
             cost = measure(partial(train_step, model.train(), given, crop), device, config.repeats)
-            rate = {} if operations is None else {"tflops": operations / cost["ms"]}
-            rows.append(facts | {"what": what, "precision": "bf16", "crop": crop} | cost | rate)
+            rows.append(facts | {"what": what, "precision": "bf16", "crop": crop} | cost | {"tflops": operations / cost["ms"]})
         model.zero_grad(set_to_none=True)
     latents = batch.latents[:, 1:]
     model.eval()

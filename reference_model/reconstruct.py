@@ -1,7 +1,8 @@
 """One file there and back: `python -m reference_model.reconstruct in=MESH out=MESH resolution=256 network=none|default|PATH`.
 
 mesh → unit cube → volume (→ latents → volume, with a network) → surface at 0 → frame and units of the file. Without a network it
-shows what the grid can hold. With one, latents are those of `encode_volume`, without noise: the same file gives the same mesh.
+shows what the grid can hold. With one, latents have no noise, so the same file gives the same mesh: those of `encode_volume`, or with
+latents=mean the mean of the posterior.
 """
 
 import sys
@@ -23,16 +24,19 @@ from reference_model.vae_decode import DEFAULT_WEIGHTS, decode_volume, load_vae
 from reference_model.vae_encode import encode_volume
 from reference_model.volume import Volume
 
+LATENTS = ("chosen", "mean")  # by `encode_volume`; of the posterior
+
 
 def volume_to_mesh(
-    volume: Volume, network: SparseVAE | None = None, sharp: bool | None = None
+    volume: Volume, network: SparseVAE | None = None, sharp: bool | None = None, latents: str = "chosen"
 ) -> tuple[np.ndarray, np.ndarray, ExtractionReport]:
     """Surface of a volume, or of what a network makes of it, in the z-up frame and units of its source.
 
     sharp: edges inside cells, as `extract_mesh`; None: where there is no network, whose values are no exact distances.
+    latents: as `rebuild`.
     Returns vertices [V,3] float64, faces [F,3] int64 and the report.
     """
-    vertices, faces, report = unit_mesh(volume, network, network is None if sharp is None else sharp)
+    vertices, faces, report = unit_mesh(volume, network, network is None if sharp is None else sharp, latents)
     motion = symmetries()[int(volume.meta.get("symmetry", 0))].double()
     if torch.det(motion) < 0:
         faces = faces.flip(1)
@@ -40,20 +44,27 @@ def volume_to_mesh(
     return ((unit - torch.tensor(volume.offset).double()) / volume.scale).numpy(), faces.cpu().numpy(), report
 
 
-def unit_mesh(volume: Volume, network: SparseVAE | None, sharp: bool) -> tuple[Tensor, Tensor, ExtractionReport]:
+def unit_mesh(volume: Volume, network: SparseVAE | None, sharp: bool, latents: str) -> tuple[Tensor, Tensor, ExtractionReport]:
     """As `extract_mesh`, in the unit cube; with a network from its decoded values at all children of the volume's latents."""
     if network is None:
         return extract_mesh(volume.coords, volume.values, volume.resolution, volume.inside, sharp)
-    return extract_mesh(*rebuild(volume, network), sharp)
+    return extract_mesh(*rebuild(volume, network, latents=latents)[1], sharp)
 
 
 @torch.no_grad()
-def rebuild(volume: Volume, network: SparseVAE, prune: float | None = None) -> tuple[Tensor, Tensor, int, Tensor | None]:
-    """volume → latents of `encode_volume` → (coords, values, resolution, inside) as `decode_volume`, on the network's device."""
-    device = next(network.parameters()).device
-    batch = collate_volumes([volume]).to(device)
-    coords, values, inside = decode_volume(network, encode_volume(network, batch), batch.latents[:, 1:], volume.resolution, prune=prune)
-    return coords, values, volume.resolution, inside
+def rebuild(
+    volume: Volume, network: SparseVAE, prune: float | None = None, latents: str = "chosen"
+) -> tuple[Tensor, tuple[Tensor, Tensor, int, Tensor | None]]:
+    """volume → its latents z [L,16] and what they decode to, (coords, values, resolution, inside) as `decode_volume`.
+
+    latents: "chosen" by `encode_volume`, or the "mean" of the posterior; ValueError for others. Tensors are on the network's device.
+    """
+    if latents not in LATENTS:
+        raise ValueError(f"latents must be one of {LATENTS}, got {latents!r}")
+    batch = collate_volumes([volume]).to(next(network.parameters()).device)
+    z = encode_volume(network, batch) if latents == "chosen" else network.encode(batch).mean
+    coords, values, inside = decode_volume(network, z, batch.latents[:, 1:], volume.resolution, prune=prune)
+    return z, (coords, values, volume.resolution, inside)
 
 
 def load_network(name: str, device: str | None) -> SparseVAE | None:
@@ -84,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             scale=scale, offset=offset, y_up=mesh.y_up, meta={"source": mesh.name},
         )  # fmt: skip
         built = time.perf_counter()
-        vertices, faces, report = volume_to_mesh(volume, network, config.sharp)
+        vertices, faces, report = volume_to_mesh(volume, network, config.sharp, config.latents)
         if len(faces) == 0:
             raise MeshError(f"no surface left at {config.resolution=}")
         extracted = time.perf_counter()

@@ -196,9 +196,10 @@ def run(config: dict[str, Any], paths: Mapping[str, str], ranks: Ranks) -> Train
     picture: Callable[[nn.Module, Path], None] | None = None
     if config["picture"] and data.validation:
         picture = partial(draw_reconstruction, data.validation[0], settings.precision)
+    crop = config["crop_latents"]
     trainer = Trainer(
-        model, partial(data.batches, config["workers"]), settings, Path(paths["out"]), loss=partial(vae_loss, config["crop_latents"]),
-        flops=None if config["crop_latents"] else model.flops, validation=data.validation, picture=picture, card=card, ranks=ranks,
+        model, partial(data.batches, config["workers"]), settings, Path(paths["out"]), loss=partial(vae_loss, crop),
+        flops=partial(model.flops, crop_latents=crop), validation=data.validation, picture=picture, card=card, ranks=ranks,
     )  # fmt: skip
     trainer.run()
     if ranks.rank == 0:

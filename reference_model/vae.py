@@ -21,7 +21,7 @@ from reference_model.vae_decoder import HALO, Decoder
 from reference_model.vae_encoder import Encoder, EncoderPlan
 from reference_model.vae_fit import fit_cells
 from reference_model.vae_flops import forward_flops
-from reference_model.vae_grid import check_latents, children_of_slots
+from reference_model.vae_grid import Level, check_latents, children_of_slots, find_latent_neighbors
 from reference_model.vae_loss import STEEPNESS, Targets, kl_divergence, make_targets, occupancy_loss, reconstruction_terms
 from reference_model.vae_pieces import COEFFICIENTS
 from reference_model.volume import CELL
@@ -149,9 +149,7 @@ class SparseVAE(nn.Module):
         if crop_latents is None:
             predicted, logits = self.decoder.upsample(h, z, latents, grid)
         else:
-            low = _crop_corner(batch, crop_latents, generator)[latents[:, 0].long()]
-            rows = _inside(latents, low - HALO, crop_latents + 2 * HALO).nonzero().flatten()
-            core = _inside(latents[rows], low[rows], crop_latents).nonzero().flatten()
+            rows, core = _crop(batch, crop_latents, generator)
             predicted, logits = self.decoder.upsample(h[rows], z[rows], latents[rows], grid)
             predicted, logits = predicted[core], {edge: logit[core] for edge, logit in logits.items()}
             targets = targets.rows(rows[core])
@@ -164,13 +162,18 @@ class SparseVAE(nn.Module):
         terms["total"] = torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
         return terms
 
-    def flops(self, batch: VolumeBatch) -> float:
-        """Operations of the matrix products of one uncropped forward, two a multiply-add; absent neighbours cost none. What is fitted
-        to cells (in float64) is left out.
+    def flops(self, batch: VolumeBatch, crop_latents: int | None = None) -> float:
+        """Operations of the matrix products of one forward, two a multiply-add; absent neighbours cost none. What is fitted to cells (in
+        float64) is left out. crop_latents: as `loss`; of one drawing, which is always the same.
 
         It builds the structure of the batch once more: ask now and then, not every step.
         """
-        return forward_flops(self, EncoderPlan.build(batch), self.partitions(batch.latents))
+        plan = EncoderPlan.build(batch)
+        upsampled = plan.levels[-1]
+        if crop_latents is not None:
+            latents = batch.latents[_crop(batch, crop_latents, torch.Generator(batch.latents.device).manual_seed(0))[0]]
+            upsampled = Level(1, latents, find_latent_neighbors(latents, batch.resolution // CELL))
+        return forward_flops(self, plan, self.partitions(batch.latents), upsampled)
 
     def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], targets: Targets) -> Posterior:
         patch = None
@@ -182,6 +185,13 @@ class SparseVAE(nn.Module):
 def _factor(resolution: int) -> float:
     """Of the position code: a place in the cube has one code at every resolution, that of the 64^3 grid."""
     return 64 * CELL / resolution
+
+
+def _crop(batch: VolumeBatch, edge: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """A random cube of `edge` latents a sample: rows of the latents in it and its halo, and which of these rows it holds."""
+    low = _crop_corner(batch, edge, generator)[batch.latents[:, 0].long()]
+    rows = _inside(batch.latents, low - HALO, edge + 2 * HALO).nonzero().flatten()
+    return rows, _inside(batch.latents[rows], low[rows], edge).nonzero().flatten()
 
 
 def _crop_corner(batch: VolumeBatch, edge: int, generator: torch.Generator | None) -> Tensor:

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from reference_model.vae import SparseVAE, VAEConfig
 
 
-def forward_flops(model: SparseVAE, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition]) -> float:
-    """Operations of encoder and decoder, two a multiply-add; a backward costs twice as much again."""
+def forward_flops(
+    model: SparseVAE, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], upsampled: Level
+) -> float:
+    """Operations of encoder and decoder, two a multiply-add; a backward costs twice as much again. upsampled: latents that are decoded."""
     c = model.config
     rows = len(plan.levels[-1])
     total = 2 * int(plan.active.sum()) * c.channels[0]
@@ -25,11 +27,10 @@ def forward_flops(model: SparseVAE, plan: EncoderPlan, partitions: tuple[ssa.Vox
             total += 2 * level.count_pairs() * (a * b + b * b) + 2 * len(level) * a * b
     total += 2 * rows * c.hidden_size * (c.hidden_size + 3 * c.latent_channels) + 2 * _attention(c, partitions)
     if c.head == "pieces":
-        total += 2 * rows * (c.hidden_size * c.latent_channels + CELL**3 * c.channels[0])
-    latents = plan.levels[-1].latents
-    coarse = plan.levels[-1]
+        total += 2 * (rows * c.hidden_size * c.latent_channels + len(upsampled) * CELL**3 * c.channels[0])
+    coarse = upsampled
     for edge, a, b in zip((2, 4, 8), (c.hidden_size, *c.channels[:0:-1]), c.channels[::-1], strict=True):
-        fine = Level(edge, latents, coarse.latent_neighbors)
+        fine = Level(edge, upsampled.latents, upsampled.latent_neighbors)
         if c.decoder == "symmetric":
             total += 2 * fine.count_pairs() * (a * b + b * b) + 2 * len(coarse) * a * b
         elif c.decoder == "subpixel":

@@ -17,6 +17,7 @@ from vae_inputs import tiny_model  # noqa: E402
 from reference_model import evaluate_vae  # noqa: E402
 from reference_model.meshes import load_mesh, save_mesh  # noqa: E402
 from reference_model.vae_decode import save_vae  # noqa: E402
+from reference_model.vae_pieces import opened  # noqa: E402
 from reference_model.volume import TAU  # noqa: E402
 
 MOVE = 0.0015
@@ -28,9 +29,11 @@ LENGTH, RADIUS = 1.9, 0.04  # of a rod along z, in the cube
 def inputs(tmp_path, monkeypatch):
     """A rod, a broken file and weights; the network gives the rod back with a radius that is larger by MOVE."""
 
-    def answer(volume, network, prune):
+    def answer(volume, network, prune, latents):
+        assert latents == ("chosen" if prune is None else "mean")
         keep = slice(None) if prune is None else torch.arange(len(volume.coords)) >= LOST
-        return volume.coords[keep], volume.values[keep] - MOVE / TAU, volume.resolution, None
+        z = opened(torch.zeros(len(volume.latents), 16), torch.arange(len(volume.latents)) % 4 == 0)
+        return z, (volume.coords[keep], volume.values[keep] - MOVE / TAU, volume.resolution, None)
 
     folder = tmp_path / "in [é]"
     folder.mkdir()
@@ -38,7 +41,7 @@ def inputs(tmp_path, monkeypatch):
     for name in ("rod.obj", "other.obj"):
         save_mesh(folder / name, np.asarray(rod.vertices) + (30, 20, 10), np.asarray(rod.faces))
     (folder / "broken.off").write_bytes(b"")
-    save_vae(tiny_model(), tmp_path / "w.safetensors")
+    save_vae(tiny_model(head="pieces"), tmp_path / "w.safetensors", commit="abc", step=7)
     monkeypatch.setattr(evaluate_vae, "rebuild", answer)
     return folder
 
@@ -47,7 +50,8 @@ def inputs(tmp_path, monkeypatch):
 def test_scores_of_a_moved_surface(inputs, tmp_path, workers, resolution, pruned):
     resolutions = [resolution] if isinstance(resolution, int) else resolution
     out = tmp_path / "out"
-    common = [*["prune=0.5"] * pruned, "names=[rod,broken]", "samples=5000", "size=64", "grid=32", f"weights={tmp_path / 'w.safetensors'}"]
+    common = [*["prune=0.5", "latents=mean"] * pruned, "commit=def", "names=[rod,broken]", "samples=5000", "size=64", "grid=32"]
+    common.append(f"weights={tmp_path / 'w.safetensors'}")
     arguments = [f"meshes={inputs}", f"out={out}", f"resolution={resolution}".replace(" ", ""), f"workers={workers}", *common]
     assert evaluate_vae.main(arguments) == 0
     document = json.loads((out / "scores.json").read_text(encoding="utf-8"))
@@ -68,6 +72,8 @@ def test_scores_of_a_moved_surface(inputs, tmp_path, workers, resolution, pruned
         assert (out / "pictures" / f"rod.obj_{row['resolution']}.png").stat().st_size > 1000
     text = (out / "scores.md").read_text(encoding="utf-8")
     assert (row["network"].get("band_lost") == LOST) == pruned and (f"| {LOST} |" in text) == pruned
+    assert row["network"]["corrected_percent"] == pytest.approx(25, abs=0.5) and "| 25." in text
+    assert "commit def, Python" in text and f"weights: commit abc, step 7; latents: {'mean' if pruned else 'chosen'};" in text
     assert "Gap to the ceiling" in text and text.count("| rod.obj |") == 2 * len(resolutions)
 
 
@@ -99,3 +105,5 @@ def test_mistakes_end_with_a_message(tmp_path, capsys):
     for weights in ("none", str(tmp_path / "nothing")):
         assert evaluate_vae.main([f"meshes={tmp_path}", f"out={tmp_path / 'out'}", f"weights={weights}"]) == 2
         assert "error: weights:" in capsys.readouterr().err
+    assert evaluate_vae.main([f"meshes={tmp_path}", f"out={tmp_path / 'out'}", "latents=best"]) == 2
+    assert "error: latents must be one of ('chosen', 'mean'), got 'best'" in capsys.readouterr().err

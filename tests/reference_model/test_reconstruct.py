@@ -57,6 +57,24 @@ def test_a_moved_volume_gives_the_mesh_of_its_source():
         assert shape(torch.from_numpy(vertices) - 0.1).abs().max() < 0.5 * 2 / 256
 
 
+@pytest.mark.parametrize("latents", ["chosen", "mean"])
+def test_a_rod_through_the_network_of_the_package(tmp_path, latents):
+    trimesh = pytest.importorskip("trimesh")
+    rod = trimesh.creation.capsule(height=18.2, radius=0.4, count=[64, 64])
+    save_mesh(tmp_path / "rod.obj", rod.vertices + CENTRE, rod.faces)
+    arguments = [f"in={tmp_path / 'rod.obj'}", "resolution=256", "network=default", "device=cpu", f"latents={latents}"]
+    for name in ("first.ply", "second.ply"):
+        assert main([*arguments, f"out={tmp_path / name}"]) == 0
+    assert (tmp_path / "first.ply").read_bytes() == (tmp_path / "second.ply").read_bytes()
+    after = load_mesh(tmp_path / "first.ply")
+    local = after.vertices - CENTRE - rod.bounds.mean(0)
+    local[:, 2] = np.maximum(abs(local[:, 2]) - 9.1, 0)
+    h = 10 * 2 / 256
+    distance = np.linalg.norm(local, axis=1) - 0.4
+    assert 0 < abs(distance).max() < 0.5 * h and abs(distance).mean() < 0.05 * h
+    assert len(rim(torch.from_numpy(after.faces))) == 0
+
+
 def test_mistakes_end_with_a_message(tmp_path, capsys):
     source = tmp_path / "box.obj"
     write_box(source)
@@ -64,6 +82,8 @@ def test_mistakes_end_with_a_message(tmp_path, capsys):
     assert "none.obj: cannot be read" in capsys.readouterr().err
     assert main([f"in={source}", f"out={tmp_path / 'x.txt'}"]) == 1
     assert main([f"in={source}", f"out={tmp_path / 'x.obj'}", "network=vae"]) == 2
+    assert main([f"in={source}", f"out={tmp_path / 'x.obj'}", "network=default", "latents=best"]) == 1
+    assert "latents must be one of ('chosen', 'mean'), got 'best'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main([f"in={source}"])
     assert stop.value.code == 2 and "out=" in capsys.readouterr().err

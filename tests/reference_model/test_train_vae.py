@@ -1,12 +1,19 @@
 """Training the VAE from the command line: configurations, data, resumption, weights."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from reference_model.checkpoint import list_checkpoints, read_header
 from reference_model.cli import parse
@@ -104,15 +111,63 @@ def test_one_shape_is_learned_and_its_weights_load(tmp_path) -> None:
     assert rows(tmp_path / "more")[0]["total"] < 1.5 * train[-1]["total"]
 
 
-def test_a_run_goes_on_as_if_never_stopped(tmp_path, capsys) -> None:
-    arguments = [*TINY, "trainer.steps=6", "trainer.save_every=2", f"cache={tmp_path / 'cache'}"]
-    assert main([f"out={tmp_path / 'straight'}", *arguments]) == 0
-    assert main([f"out={tmp_path / 'stopped'}", *arguments]) == 0
-    list_checkpoints(tmp_path / "stopped" / "checkpoints")[-1].unlink()  # as if killed after step 5
-    assert main([f"out={tmp_path / 'stopped'}", *arguments, "workers=1"]) == 0
-    assert curve(tmp_path / "stopped") == curve(tmp_path / "straight") and len(curve(tmp_path / "straight")) == 7
-    assert main([f"out={tmp_path / 'stopped'}", *arguments, "trainer.lr=1"]) == 2
+def test_crops_and_symmetries_reach_the_training(tmp_path, monkeypatch) -> None:
+    asked, loss = [], SparseVAE.loss
+    monkeypatch.setattr(SparseVAE, "loss", lambda self, *a, crop_latents: asked.append(crop_latents) or loss(self, *a, crop_latents))
+    arguments = [*TINY, "trainer.steps=2", "trainer.validate_every=9", "crop_latents=3", "trainer.peak_tflops=1"]
+    assert main([f"out={tmp_path}", *arguments]) == 0
+    assert set(asked) == {3} and rows(tmp_path)[1]["mfu"] > 0
+    turned, still = (load_data(configuration(*TINY, f"symmetries={given}"), {}).stream for given in ("true", "false"))
+    assert len({turned[step].symmetries for step in range(4)}) > 1 and still[0].symmetries == ()
+
+
+def test_two_ranks_killed_at_once_go_on_as_if_never_stopped(tmp_path, capsys) -> None:
+    """SIGKILL in the middle of a run on two ranks, then torchrun: the curve and the weights of a run that was not stopped."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    arguments = [*TINY, "trainer.steps=8", "trainer.save_every=2", "trainer.log_every=1", f"cache={tmp_path / 'cache'}"]
+
+    def train(out: Path) -> None:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reference_model.train_vae"]
+        done = subprocess.run([*launch, f"out={out}", *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    train(straight)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = dict(TORCHELASTIC_RUN_ID="test", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    command = [sys.executable, "-m", "reference_model.train_vae", f"out={killed}", *arguments]
+    ranks = [
+        subprocess.Popen(command, env={**environment, **group, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.DEVNULL)
+        for rank in "01"
+    ]
+    try:
+        end = time.monotonic() + 120
+        while not ((killed / "log.jsonl").exists() and len(rows(killed)) >= 3):
+            assert all(process.poll() is None for process in ranks) and time.monotonic() < end
+            time.sleep(0.01)
+    finally:
+        for process in ranks:
+            process.send_signal(signal.SIGKILL)
+        for process in ranks:
+            process.wait()
+    saved = [int(path.stem.split("_")[1]) for path in list_checkpoints(killed / "checkpoints")]
+    assert saved and saved[-1] < 8 and not (killed / "weights.safetensors").exists()
+    train(killed)
+    assert curve(killed) == curve(straight) and [row["step"] for row in curve(killed) if row["kind"] == "train"] == [*range(1, 9)]
+    assert json.loads(read_card(killed / "weights.safetensors")["ranks"]) == 2
+    first, second = (load_file(out / "weights.safetensors") for out in (straight, killed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    averaged = load_file(list_checkpoints(killed / "checkpoints")[-1])
+    assert all(torch.equal(x, averaged[f"ema/{name}"].bfloat16()) for name, x in first.items())
+    assert any(not torch.equal(averaged[f"ema/{name}"], averaged[f"model/{name}"]) for name in first)
+    assert main([f"out={killed}", *arguments, "trainer.lr=1"]) == 2
     assert "another config" in capsys.readouterr().err
+    config = configuration(*arguments[:-1])
+    streams = [load_data(config, {"cache": str(tmp_path / "cache")}, rank).stream for rank in range(2)]
+    drawn = [[sum(stream[step].counts["tokens"] for stream in which) for step in range(8)] for which in (streams, streams[:1])]
+    counted = [round(row["tokens/s"] * row["seconds_a_step"]) for row in rows(straight) if row["kind"] == "train"]
+    assert counted == drawn[0] != [2 * tokens for tokens in drawn[1]]  # each rank draws its own
 
 
 def test_shapes_and_prepared_volumes_mix(tmp_path, capsys) -> None:

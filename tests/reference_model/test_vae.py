@@ -209,9 +209,11 @@ def test_windows_shift_in_turn(form, monkeypatch):
     assert shifts == [(8, 0), (8, 4), (8, 0)] * 2
 
 
+@pytest.mark.parametrize("crop", [None, 3])
 @pytest.mark.parametrize("form", FORMS)
-def test_flops(form):
+def test_flops(form, crop, monkeypatch):
     """Counted again from what the layers are given."""
+    monkeypatch.setattr(vae, "_crop_corner", lambda batch, edge, generator: batch.latents[batch.cu_latents[:-1].long(), 1:].long())
     model, batch = tiny_model(**form), small_batch()
     total = 0
 
@@ -226,12 +228,12 @@ def test_flops(form):
     for module in model.modules():
         if isinstance(module, (nn.Linear, SparseConv3d)):
             module.register_forward_hook(linear if isinstance(module, nn.Linear) else conv)
-    model.loss(batch, seeded())
+    model.loss(batch, seeded(), crop_latents=crop)
     total += 2 * len(batch.coords) * 4  # Linear 1 → 4 of every voxel, done by hand in Lift
     for shift in (0, 4):  # one layer of each in each half: q k and p v, 32 wide
         window = torch.cat((batch.latents[:, :1], torch.div(batch.latents[:, 1:] + shift, 8, rounding_mode="floor")), 1)
         total += 2 * 4 * 32 * int(window.unique(dim=0, return_counts=True)[1].square().sum())
-    assert model.flops(batch) == total
+    assert model.flops(batch, crop) == total
 
 
 def test_training_after_inference():

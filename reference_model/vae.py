@@ -176,10 +176,10 @@ class SparseVAE(nn.Module):
         return forward_flops(self, plan, self.partitions(batch.latents), upsampled)
 
     def _encode(self, batch: VolumeBatch, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], targets: Targets) -> Posterior:
-        patch = None
+        fit = None
         if self.config.head == "pieces":
-            patch = fit_cells(targets, batch.resolution, self.config.planes) if batch.fit is None else batch.fit
-        return Posterior(*self.encoder(EncoderPlan.build(batch), partitions, _factor(batch.resolution), patch))
+            fit = fit_cells(targets, batch.resolution, self.config.planes) if batch.fit is None else batch.fit
+        return Posterior(*self.encoder(EncoderPlan.build(batch), partitions, _factor(batch.resolution), fit))
 
 
 def _factor(resolution: int) -> float:

@@ -90,6 +90,7 @@ class Encoder(nn.Module):
         self.lift = Lift(widths[0])
         self.down = nn.ModuleList(down_block(a, b, config.pooling, config.conv_backend) for a, b in zip(widths, widths[1:], strict=False))
         self.linear = unit_linear(config.hidden_size, config.hidden_size, GAIN)
+        # `patch` is what weights of that form call what reads a fit
         self.patch = unit_linear(config.latent_channels, config.hidden_size) if config.head == "pieces" else None
         self.blocks = attention_blocks(config)
         self.moments = unit_linear(config.hidden_size, 2 * config.latent_channels)
@@ -101,11 +102,11 @@ class Encoder(nn.Module):
                 self.moments.bias[config.latent_channels :] = -9 + math.log(max(config.lambda_kl, 1e-9) / 1e-3 / STEEPNESS[config.error])
 
     def forward(
-        self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float, patch: Tensor | None = None
+        self, plan: EncoderPlan, partitions: tuple[ssa.VoxelPartition, ssa.VoxelPartition], factor: float, fit: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """→ mean, logvar [L,16] float32, rows as the latents; partitions: windows without and with shift.
 
-        patch [L,16]: latents fitted to the cells, which the mean is added to where they are open.
+        fit [L,16]: latents fitted to the cells, which the mean is added to where they are open.
         """
         run = self._checkpointed if self.checkpointing and torch.is_grad_enabled() else _plain
         first = self.down[0]
@@ -115,12 +116,12 @@ class Encoder(nn.Module):
             x = run(block, x, plan.cu_seqlens[i], plan.children[i], plan.levels[i + 1], plan.cu_seqlens[i + 1])
         x = self.linear(x)
         x = x + position_code(plan.levels[-1].latents[:, 1:], x.shape[1], factor)
-        if self.patch is not None and patch is not None:
-            x = x + self.patch(closed(patch))
+        if self.patch is not None and fit is not None:
+            x = x + self.patch(closed(fit))
         x = attend(self.blocks, x, partitions, run)
         mean, logvar = self.moments(F.layer_norm(x, x.shape[1:])).float().chunk(2, 1)
-        if patch is not None:  # no gradient would hold the kind of a cell, the last number, where it is
-            mean, logvar = patch + correction(patch, F.pad(mean[:, :-1], (0, 1))), F.pad(logvar[:, :-1], (0, 1), value=_KIND_LOGVAR)
+        if fit is not None:  # no gradient would hold the kind of a cell, the last number, where it is
+            mean, logvar = fit + correction(fit, F.pad(mean[:, :-1], (0, 1))), F.pad(logvar[:, :-1], (0, 1), value=_KIND_LOGVAR)
         return mean, logvar.clamp(-30, 20)
 
     @staticmethod

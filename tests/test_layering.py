@@ -164,3 +164,9 @@ def test_wheel_brings_only_torch_and_numpy(wheel):
     extras = {x.removeprefix("Provides-Extra: ") for x in lines if x.startswith("Provides-Extra: ")}
     assert extras == {"flash-attn", "spconv", "bench", "reference", "dev"}
     assert "Name: spatial-sparse-attention" in lines and "License-Expression: Apache-2.0" in lines
+
+
+def test_the_tree_stays_below_18_mb():
+    """What git keeps, not what lies beside it."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    assert sum((ROOT / name).stat().st_size for name in names if name and (ROOT / name).exists()) < 18e6

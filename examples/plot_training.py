@@ -29,7 +29,8 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def draw(paths: Sequence[Path], out: Path, beside: Path | None = None) -> None:
-    """Losses over steps, both logarithmic: lines of the batches as logged, circles of the held-out meshes (EMA); crosses of `beside`."""
+    """Losses over steps, both logarithmic: lines of the batches as logged, circles of the held-out meshes (EMA), before the first step too;
+    crosses of `beside`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,7 +44,7 @@ def draw(paths: Sequence[Path], out: Path, beside: Path | None = None) -> None:
             for kind, style in (("train", {"lw": 1, "ls": line}), ("validation", {"marker": mark, "lw": 0})):
                 chosen = [row for row in rows if row["kind"] == kind and name in row]
                 label = name if labels and kind == "train" else None
-                steps, values = ([row[key] for row in chosen] for key in ("step", name))
+                steps, values = [max(row["step"], 1) for row in chosen], [row[name] for row in chosen]
                 axes.plot(steps, values, color=color, label=label, **style)  # type: ignore[arg-type]
 
     curves(rows, "-", "o", True)

@@ -2,7 +2,8 @@
 
 Volumes come from a list that mixes the meshes, shapes made by code and turned, stretched, thin and rough copies of both; meshes that
 configs/train_vae.yaml holds out are scored at each resolution and not trained on. What else is given goes to `train_vae`, as vae=compact.
-With several GPUs torchrun trains on all of them. Writes OUT/run and OUT/scores_RESOLUTION; a stage that is complete is not done again.
+With several GPUs torchrun trains on all of them. Writes OUT/run, OUT/scores_RESOLUTION and OUT/scores_mean_RESOLUTION (by the mean of
+the posterior alone); a stage that is complete is not done again.
 """
 
 from __future__ import annotations
@@ -120,15 +121,18 @@ def main() -> None:
         share = max(1, options.workers // len(options.resolutions))
         fixed = [f"meshes={options.meshes}", f"names=[{','.join(held)}]", f"workers={share}", f"weights={out}/run/weights.safetensors"]
         fixed += [setting for setting in settings if setting.startswith("commit=")]
-        run_all(pool, [("evaluate_vae", *fixed, f"out={out / f'scores_{r}'}", f"resolution={r}") for r in options.resolutions])
+        for where, *how in (("scores", "latents=chosen"), ("scores_mean", "latents=mean", "pictures=false")):
+            jobs = [(f"out={out / f'{where}_{r}'}", f"resolution={r}", f"volumes={out / 'scored'}", *how) for r in options.resolutions]
+            run_all(pool, [("evaluate_vae", *fixed, *job) for job in jobs])
 
     with ThreadPoolExecutor(options.workers) as pool:
         once(out / "meshes.done", lambda: make_meshes(options.meshes, out, options.shapes, pool))
         once(out / "volumes.done", prepare)
         once(out / "training.done", train)
         once(out / "scores.done", score)
-    for resolution in options.resolutions:
-        print((out / f"scores_{resolution}" / "scores.md").read_text().split("\n\n")[4])
+    for where in ("scores", "scores_mean"):
+        for resolution in options.resolutions:
+            print((out / f"{where}_{resolution}" / "scores.md").read_text().split("\n\n")[4])
 
 
 if __name__ == "__main__":

@@ -69,8 +69,9 @@ class Trainer:
     """Trains `model` (on its device) in `out`; goes on from the newest checkpoint there.
 
     loss: what is minimised, the model's own by default. flops: batch → operations of one forward pass; asked at the first row and after
-    each validation, it gives the utilisation ("mfu"). validation: batches scored with the EMA weights, the same on every rank.
-    picture: called with the EMA model and the path of a PNG that it may write, on the first rank, after each validation.
+    each validation, it gives the utilisation ("mfu"). validation: batches scored with the EMA weights, the same on every rank, before
+    the first step, every so many and at the end. picture: called with the EMA model and the path of a PNG that it may write, on the
+    first rank, after each validation.
     card: kept in every checkpoint; a checkpoint whose card has another "data_hash" or "config" is refused by a ValueError.
     Writes out/checkpoints, out/log.jsonl, out/tensorboard and out/pictures.
     """
@@ -111,8 +112,10 @@ class Trainer:
         settings, state = self.settings, self.state
         begin, before = time.perf_counter(), state.seconds
         iterator = self.batches(state.step)
-        window = _Window()
         self._open_log()
+        if self.validation and state.step == 0:
+            self._validate()  # where the curves begin
+        window = _Window()
         with self.ranks.bar(settings.steps, state.step) as bar:
             self.model.train()
             over = settings.is_over(state.seconds, 0.0)

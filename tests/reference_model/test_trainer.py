@@ -202,14 +202,15 @@ def test_validation_uses_the_ema_and_shows_a_picture(tmp_path) -> None:
     batches = list(islice(toy_batches(500), 4))
     trainer = Trainer(Toy(), toy_batches, settings, tmp_path, validation=batches, picture=picture, card=CARD)
     rows = [row for row in trainer.run() if row["kind"] == "validation"]
-    assert [row["step"] for row in rows] == [5, 10] and len(shown) == 2
-    terms = [shown[0].loss(batch, torch.Generator().manual_seed(i)) for i, batch in enumerate(batches)]
-    assert rows[0]["size"] == pytest.approx(float(sum(t["size"] for t in terms).detach()) / 4, rel=1e-6)
-    assert not shown[0].training and (tmp_path / "pictures" / "step_00000005.png").exists()
+    assert [row["step"] for row in rows] == [0, 5, 10] and len(shown) == 3
+    assert_same(shown[0], Toy(), 0)
+    terms = [shown[1].loss(batch, torch.Generator().manual_seed(i)) for i, batch in enumerate(batches)]
+    assert rows[1]["size"] == pytest.approx(float(sum(t["size"] for t in terms).detach()) / 4, rel=1e-6)
+    assert not shown[1].training and (tmp_path / "pictures" / "step_00000005.png").exists()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("train/total")] == list(range(1, 11))
-    assert events.Scalars("validation/size")[0].value == pytest.approx(rows[0]["size"])
-    assert [(image.step, image.width) for image in events.Images("validation/picture")] == [(5, 6), (10, 6)]
+    assert [e.value for e in events.Scalars("validation/size")] == pytest.approx([row["size"] for row in rows])
+    assert [(image.step, image.width) for image in events.Images("validation/picture")] == [(0, 6), (5, 6), (10, 6)]
 
 
 def test_bf16_and_fp32_differ_a_little(tmp_path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from utils import (
+    CUDA,
     DEVICE,
     DTYPES,
     GROUPS,
@@ -275,7 +276,7 @@ if IMPL == "triton":
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_stay_in_their_row_or_sample(value, name, dtype):
     """In q: its own row alone. In k or v: every row that sees it, never another sample. Gradients likewise."""
-    partition = random_partition([30, 25, 0, 21])
+    partition = random_partition([30, 25, 0, 21] if CUDA else [14, 11, 0, 9])
     ids = random_choice(partition, 1, 3)
     fn, _, inputs = problem(partition, ids, hq=2, dtype=dtype)
     sample = partition.coords[:, 0]
